@@ -1,0 +1,115 @@
+"""Forward tile: FlashAttention-2's loop order (arXiv 2307.08691, Alg. 1) in pure JAX.
+
+For each block of queries, the active key blocks only: first those that need no mask, then those
+that do. We differ in that the list of active blocks is compacted from position summaries, on the
+device, so masks known only as data cost the same as masks known to the compiler.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from burst_kernels._config import TileConfig
+from burst_kernels._tile import FULL, PARTIAL, Tile, accumulator_dtype
+from burst_kernels.xla._blocks import (
+    Blocks,
+    MaskBlocks,
+    choose,
+    for_each,
+    from_query_blocks,
+    key_blocks,
+    query_blocks,
+)
+from burst_kernels.xla._scores import capped, matmul, operand_dtype
+
+
+class Running(NamedTuple):
+    """Online softmax of a block of queries: row maximum, row sum, output not yet divided by it."""
+
+    maximum: Float[Array, "h r"]
+    total: Float[Array, "h r"]
+    out: Float[Array, "h r Hv"]
+
+
+def tile_forward(
+    q: Float[Array, "B t N H"],
+    k: Float[Array, "B s K H"],
+    v: Float[Array, "B s K Hv"],
+    tile: Tile,
+    config: TileConfig | None = None,
+) -> tuple[Float[Array, "B t N Hv"], Float[Array, "B t N"]]:
+    """Attention of t queries to s keys. See the tile contract in `burst_kernels._tile`."""
+    b = choose(q, k, tile, config)
+    mask = MaskBlocks.of(tile, b, like=q)
+    ks, vs = key_blocks(k, b), key_blocks(v, b)
+
+    def block(_, x):
+        i, q_block = x
+        group = i // b.num_q
+        running = _attend(q_block, ks, vs, group, i % b.num_q, mask, b, tile)
+        return None, _normalize(running)
+
+    indices = jax.lax.broadcasted_iota(jnp.int32, (b.groups * b.num_q,), 0)
+    _, (out, lse) = jax.lax.scan(block, None, (indices, query_blocks(q, b)))
+    return from_query_blocks(out, b), from_query_blocks(lse[..., None], b)[..., 0]
+
+
+def _attend(
+    q: Float[Array, "h r H"],
+    ks: Float[Array, "gk h c H"],
+    vs: Float[Array, "gk h c Hv"],
+    group: Int[Array, ""],
+    i: Int[Array, ""],
+    mask: MaskBlocks | None,
+    b: Blocks,
+    tile: Tile,
+) -> Running:
+    """One block of queries against all its active key blocks."""
+    dtype = accumulator_dtype(q.dtype)
+    start = Running(
+        jnp.full_like(q, -jnp.inf, dtype=dtype, shape=q.shape[:2]),
+        jnp.zeros_like(q, dtype=dtype, shape=q.shape[:2]),
+        jnp.zeros_like(q, dtype=dtype, shape=(*q.shape[:2], vs.shape[-1])),
+    )
+
+    def visit(running: Running, j: Int[Array, ""], masked: bool) -> Running:
+        at = group * b.num_kv + j
+        k, v = (jax.lax.dynamic_index_in_dim(x, at, keepdims=False) for x in (ks, vs))
+        scores = capped(matmul(q, k, (2, 2), dtype), tile)
+        if masked:
+            seen = jnp.tile(mask.visible(group, i, j), (b.heads_per_kv, 1))[None]
+            scores = jnp.where(seen, scores, -jnp.inf)
+        return _update(running, scores, v)
+
+    if mask is None:
+        return jax.lax.fori_loop(0, b.num_kv, lambda j, r: visit(r, j, False), start)
+    classes = mask.classes_of_queries(group, i)
+    running = for_each(classes == FULL, lambda j, r: visit(r, j, False), start)
+    return for_each(classes == PARTIAL, lambda j, r: visit(r, j, True), running)
+
+
+def _update(
+    running: Running, scores: Float[Array, "h r c"], v: Float[Array, "h c Hv"]
+) -> Running:
+    """Adds one block of keys to the online softmax."""
+    maximum = jnp.maximum(running.maximum, scores.max(-1))
+    finite = jnp.where(jnp.isneginf(maximum), 0.0, maximum)  # a row that saw nothing yet
+    p = jnp.exp(scores - finite[..., None])
+    shrink = jnp.exp(running.maximum - finite)
+    operand = operand_dtype(v.dtype)
+    added = matmul(p.astype(operand), v.astype(operand), (2, 1), p.dtype)
+    return Running(
+        maximum,
+        running.total * shrink + p.sum(-1),
+        running.out * shrink[..., None] + added,
+    )
+
+
+def _normalize(running: Running) -> tuple[Float[Array, "h r Hv"], Float[Array, "h r"]]:
+    """Output and lse; rows that saw nothing get 0 and -inf."""
+    saw = running.total > 0
+    total = jnp.where(saw, running.total, 1.0)
+    lse = jnp.where(saw, running.maximum + jnp.log(total), -jnp.inf)
+    return running.out / total[..., None], lse

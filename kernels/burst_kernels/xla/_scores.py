@@ -1,0 +1,42 @@
+"""Scores of one pair of blocks, with scale and soft cap: shared by the forward and the backward."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float
+
+from burst_kernels._tile import Tile
+
+
+def matmul(
+    a: Float[Array, "h m x"],
+    b: Float[Array, "h n x"],
+    contract: tuple[int, int],
+    dtype: DTypeLike,
+) -> Float[Array, "h m n"]:
+    """Batched matrix product over the first axis, contracting one axis of each, in `dtype`."""
+    dims = ((contract[:1], contract[1:]), ((0,), (0,)))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)
+
+
+def operand_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """What probabilities and score gradients are rounded to before they are multiplied.
+
+    bfloat16 has float32's range, so rounding to it is what every flash kernel does. Score
+    gradients overflow float16, so there they stay float32.
+    """
+    return jnp.dtype(jnp.float32) if dtype == jnp.float16 else jnp.dtype(dtype)
+
+
+def capped(raw: Float[Array, "..."], tile: Tile) -> Float[Array, "..."]:
+    """Scores from q k^T."""
+    scores = raw * tile.scale
+    if tile.logits_soft_cap is None:
+        return scores
+    return tile.logits_soft_cap * jnp.tanh(scores / tile.logits_soft_cap)
+
+
+def cap_slope(scores: Float[Array, "..."], tile: Tile) -> Float[Array, "..."] | None:
+    """d capped / d scores, from the capped scores; None where there is no cap."""
+    if tile.logits_soft_cap is None:
+        return None
+    return 1.0 - (scores / tile.logits_soft_cap) ** 2

@@ -1,0 +1,322 @@
+"""`burst_attention` on global arrays, `burst_attention_shard` inside the caller's own `shard_map`.
+
+Check, choose a plan, hand the shards to the ring: nothing here computes.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+import burst_kernels
+from burst_jax import _checks, _placing
+from burst_jax._masks import Mask
+from burst_jax._partial import Partial
+from burst_jax._plan import Plan, Shapes, resolve
+from burst_jax._ring import ring_attention
+from burst_jax._sharding import AxisName, SequenceSharding, ShardTokens
+from burst_jax._sides import Keys, Queries, Ring
+
+Positions = Int[Array, "..."] | tuple[Int[Array, "..."], Int[Array, "..."]]
+Output = Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]
+
+
+def burst_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K Hv"],
+    *,
+    sharding: SequenceSharding,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    positions: Positions | None = None,
+    plan: Plan | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+) -> Output:
+    """Exact attention over a sequence that is spread over many devices.
+
+    Works under jit, grad, vmap, jax.checkpoint and scan, on meshes with Auto and Explicit axes.
+    A remat policy that saves the names "burst_out" and "burst_lse" never runs the forward ring
+    twice. Source: BurstAttention, arXiv 2403.09347; `burst_jax._ring` lists how it differs.
+
+    Args:
+        query: [B, T, N, H], global, in the layout order of `sharding` (`sharding.place`).
+        key: [B, S, K, H]; K divides N, and query head n reads kv head n // (N / K).
+        value: [B, S, K, Hv].
+        sharding: where the tokens lie. With layout "contiguous" any T and S do: unsharded arrays
+            are padded inside, and the padding is masked.
+        mask: which keys a query may see; None: all.
+        scale: factor on q k^T, > 0; None: 1 / sqrt(H).
+        logits_soft_cap: scores become cap * tanh(scores / cap); None: no cap.
+        sinks: [N], a logit a head that takes part in the softmax with value zero; differentiable.
+        positions: position of each token, integers [T] or [B, T] in layout order, or a pair for
+            queries and keys; negative is padding. They travel with their side. None: from the
+            layout, with nothing on the wire.
+        plan: what travels; None, or fields left None: chosen by bytes.
+        implementation: the tile backend's name, used or refused; None: the best that can run.
+        return_residual: also return lse = log(sum(exp(scores))), natural logarithm.
+
+    Returns:
+        [B, T, N, Hv] in the query's dtype, sharded as the query is; with `return_residual` also
+        lse, [B, T, N], float32 (float64 for float64), differentiable. A query that sees no key
+        has out = 0, lse = -inf and gradient 0.
+
+    Raises:
+        ValueError: an argument is wrong or contradicts another; before any collective.
+    """
+    _checks.check_arrays(query, key, value)
+    if not isinstance(sharding, SequenceSharding):
+        raise ValueError(
+            f"sharding must be a burst_jax.SequenceSharding, got {type(sharding).__name__}. Inside "
+            "your own shard_map use burst_attention_shard(..., axis_name=...)."
+        )
+    for what, size, axis in (
+        ("the batch B", query.shape[0], sharding.batch_axis),
+        ("the query heads N", query.shape[2], sharding.head_axis),
+        ("the kv heads K", key.shape[2], sharding.head_axis),
+    ):
+        _checks.check_divides(what, size, axis, sharding.axis_size(axis))
+    q_tokens = _tokens("query", query.shape[1], sharding.length, sharding)
+    kv_length = sharding.length if sharding.key_length is None else sharding.key_length
+    kv_tokens = _tokens("key", key.shape[1], kv_length, sharding)
+    queries, keys, ring = _prepare(
+        query, key, value, q_tokens, kv_tokens, axis_name=sharding.axis_name, mask=mask,
+        scale=scale, logits_soft_cap=logits_soft_cap, sinks=sinks, positions=positions, plan=plan,
+        implementation=implementation, platform=_placing.platform(sharding),
+        split=(sharding.axis_size(sharding.batch_axis), sharding.axis_size(sharding.head_axis)),
+    )  # fmt: skip
+    arrays = (queries, keys, sinks)
+    specs = _specs(arrays, sharding)
+    arrays = jax.tree.map(
+        lambda name, x, spec: _placing.placed(name, x, spec, sharding), _NAMES(arrays), arrays, specs
+    )
+    seen = _run(*arrays, ring, sharding)
+    return (seen.out, seen.lse) if return_residual else seen.out
+
+
+def burst_attention_shard(
+    query: Float[Array, "B t N H"],
+    key: Float[Array, "B s K H"],
+    value: Float[Array, "B s K Hv"],
+    *,
+    axis_name: AxisName,
+    layout: str = "contiguous",
+    length: int | None = None,
+    key_length: int | None = None,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    positions: Positions | None = None,
+    plan: Plan | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+) -> Output:
+    """`burst_attention` for one device's shard, inside the caller's own shard_map or pmap.
+
+    Args:
+        query: [B, t, N, H], this device's part of the sequence, T = R t.
+        key: [B, s, K, H].
+        value: [B, s, K, Hv].
+        axis_name: the mapped axis (or axes) over which the sequence is spread.
+        layout: how it is spread: "contiguous", "zigzag" or "striped".
+        length: true number of tokens T; those beyond are padding. None: R t.
+        key_length: true number of keys; None: `length` where given and t = s, else R s.
+        mask: as in `burst_attention`; segment ids are this device's part, [t] or [B, t].
+        scale, logits_soft_cap, sinks, plan, implementation, return_residual: as there.
+        positions: this device's part, [t] or [B, t], or a pair.
+
+    Returns:
+        This device's part of the output, [B, t, N, Hv]; with `return_residual` also of lse.
+
+    Raises:
+        ValueError: as `burst_attention`; also where `axis_name` is not a mapped axis here.
+    """
+    _checks.check_arrays(query, key, value)
+    num_shards = _checks.check_axis(axis_name)
+    _checks.check_shard(layout, query.shape[1], key.shape[1])
+    if key_length is None and query.shape[1] == key.shape[1]:
+        key_length = length
+    q_tokens, kv_tokens = (
+        _checks.check_shard_length(name, ShardTokens(layout, num_shards, x.shape[1], n))
+        for name, x, n in (
+            ("length", query, num_shards * query.shape[1] if length is None else length),
+            ("key_length", key, num_shards * key.shape[1] if key_length is None else key_length),
+        )
+    )
+    queries, keys, ring = _prepare(
+        query, key, value, q_tokens, kv_tokens, axis_name=axis_name, mask=mask, scale=scale,
+        logits_soft_cap=logits_soft_cap, sinks=sinks, positions=positions, plan=plan,
+        implementation=implementation, platform=jax.default_backend(), split=(1, 1),
+    )  # fmt: skip
+    seen = ring_attention(*_varying_alike((queries, keys, sinks)), ring)
+    return (seen.out, seen.lse) if return_residual else seen.out
+
+
+def _tokens(
+    name: str, found: int, length: int | None, sharding: SequenceSharding
+) -> ShardTokens:
+    """Where one side's tokens lie, from its global length; or why it cannot be so."""
+    _checks.check_length(name, found, length, sharding)
+    length = found if length is None else length
+    local = sharding.padded(length) // sharding.num_shards
+    return ShardTokens(sharding.layout, sharding.num_shards, local, length)
+
+
+def _prepare(
+    query, key, value, q_tokens: ShardTokens, kv_tokens: ShardTokens, *, axis_name, mask, scale,
+    logits_soft_cap, sinks, positions, plan, implementation, platform, split,
+) -> tuple[Queries, Keys, Ring]:  # fmt: skip
+    """Checks what the two entries share; `split`: by how much batch and heads are cut further."""
+    mask = _checks.check_mask(mask)
+    _checks.check_sinks(sinks, query.shape[2])
+    _checks.check_plan(plan, query.dtype, q_tokens.num_shards)
+    (B, T, N, H), (_, S, K, Hv) = query.shape, value.shape
+    q_positions, kv_positions = _pair(positions)
+    if q_positions is not None:
+        q_positions = _checks.as_rows("positions of the queries", q_positions, B, T)
+        kv_positions = _checks.as_rows("positions of the keys", kv_positions, B, S)
+    segments = [
+        (
+            _checks.as_rows("segment ids of the queries", q_ids, B, T),
+            _checks.as_rows("segment ids of the keys", kv_ids, B, S),
+        )
+        for q_ids, kv_ids in mask.segment_ids
+    ]
+    q_segments, kv_segments = map(_stack, zip(*segments, strict=True)) if segments else (None, None)
+    width = query.dtype.itemsize
+    accumulator = burst_kernels.accumulator_dtype(query.dtype).itemsize
+    wire, gradient = (
+        default if dtype is None else dtype.itemsize
+        for dtype, default in (
+            (plan and plan.wire_dtype, width),
+            (plan and plan.gradient_dtype, accumulator),
+        )
+    )
+    shapes = Shapes(
+        B=B // split[0], t=q_tokens.local, s=kv_tokens.local, N=N // split[1], K=K // split[1],
+        H=H, Hv=Hv, wire=wire, gradient=gradient, accumulator=accumulator,
+    )  # fmt: skip
+    windowed = mask.left is not None or mask.right is not None
+    ring = Ring(
+        axis_name=axis_name,
+        queries=q_tokens,
+        keys=kv_tokens,
+        explicit=q_positions is not None,
+        positions_matter=(
+            q_positions is not None or windowed or q_tokens.padded or kv_tokens.padded
+        ),
+        scale=_checks.check_scale(scale, H),
+        logits_soft_cap=_checks.check_soft_cap(logits_soft_cap),
+        left=mask.left,
+        right=mask.right,
+        plan=resolve(plan, shapes, q_tokens.num_shards, platform),
+        implementation=burst_kernels.select(implementation),
+    )
+    queries = Queries(query, positions=q_positions, segments=q_segments)
+    return queries, Keys(key, value, positions=kv_positions, segments=kv_segments), ring
+
+
+def _pair(positions: Positions | None) -> tuple:
+    if isinstance(positions, (tuple, list)):
+        return _checks.check_pair(positions)
+    return positions, positions
+
+
+def _stack(ids: tuple[Int[Array, "b n"], ...]) -> Int[Array, "C b n"]:
+    """Kinds of segment ids in one array; a kind that the batch shares is broadcast."""
+    rows = max(x.shape[0] for x in ids)
+    return jnp.stack([jnp.broadcast_to(x, (rows, x.shape[1])) for x in ids])
+
+
+def _specs(arrays: tuple, sharding: SequenceSharding) -> tuple:
+    """PartitionSpecs of queries, keys and sinks."""
+    whole, seq, heads = sharding.spec(4), sharding.axis_name, sharding.head_axis
+
+    def ids(x: Array | None) -> PartitionSpec | None:
+        if x is None:
+            return None
+        rows = sharding.batch_axis if x.shape[-2] > 1 else None
+        return PartitionSpec(*[None] * (x.ndim - 2), rows, seq)
+
+    queries, keys, sinks = arrays
+    return (
+        Queries(whole, positions=ids(queries.positions), segments=ids(queries.segments)),
+        Keys(whole, whole, positions=ids(keys.positions), segments=ids(keys.segments)),
+        None if sinks is None else PartitionSpec(heads),
+    )
+
+
+def _NAMES(arrays: tuple) -> tuple:
+    """What the caller calls each array."""
+    names = (
+        Queries("query", positions="positions of the queries", segments="q segment ids"),
+        Keys("key", "value", positions="positions of the keys", segments="kv segment ids"),
+        "sinks",
+    )
+    return jax.tree.map(lambda name, x: None if x is None else name, names, arrays)
+
+
+@functools.partial(jax.jit, static_argnames=("ring", "sharding"))
+def _run(
+    queries: Queries,
+    keys: Keys,
+    sinks: Float[Array, "N"] | None,
+    ring: Ring,
+    sharding: SequenceSharding,
+) -> Partial:
+    """Pads where needed, cuts into shards, runs the ring, cuts the padding off."""
+    T = queries.q.shape[1]
+    arrays = (_filled(queries, ring.queries), _filled(keys, ring.keys), sinks)
+    specs = _specs(arrays, sharding)
+    arrays = jax.tree.map(lambda x, spec: _placing.reshard(x, spec, sharding), arrays, specs)
+    of_rows = sharding.spec(4)
+    seen = jax.shard_map(
+        lambda *arrays: ring_attention(*_varying_alike(arrays), ring),
+        mesh=sharding.mesh,
+        in_specs=specs,
+        out_specs=Partial(of_rows, PartitionSpec(*of_rows[:3])),
+    )(*arrays)
+    if seen.out.shape[1] == T:
+        return seen
+    # A dimension that the mesh axis does not divide cannot stay sharded over it.
+    batch, _, heads, _ = of_rows
+    spec = Partial(PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None, heads))
+    seen = jax.tree.map(lambda x, spec: _placing.reshard(x, spec, sharding), seen, spec)
+    return jax.tree.map(lambda x: x[:, :T], seen)
+
+
+def _filled(side, tokens: ShardTokens):
+    """A side with its tokens padded to what the devices can share."""
+    n = tokens.local * tokens.num_shards
+    padded = {
+        name: _placing.padded(getattr(side, name), 1, n)
+        for name in ("q", "k", "v")
+        if name in side._fields
+    }
+    if side.positions is not None:
+        padded["positions"] = _placing.padded(side.positions, 1, n, -1)
+    if side.segments is not None:
+        padded["segments"] = _placing.padded(side.segments, 2, n, -1)
+    return side._replace(**padded)
+
+
+def _varying_alike(arrays: tuple) -> tuple:
+    """All arrays varying over the same mesh axes: what `check_vma` asks of a loop's carry.
+
+    Here and not in the ring, so that autodiff sums the gradient of a replicated input.
+    """
+    axes = frozenset().union(
+        *(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays))
+    )
+
+    def vary(x: Array) -> Array:
+        missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, arrays)

@@ -1,0 +1,115 @@
+"""How arrays come to lie as a SequenceSharding says, and what is refused because it lies otherwise."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from burst_jax._sharding import SequenceSharding, names
+
+
+def placed(name: str, x: Array | np.ndarray, spec: PartitionSpec, where: SequenceSharding) -> Array:
+    """The array on the mesh; an array that is not sharded at all may be given too.
+
+    Args:
+        name: what the caller calls it.
+        x: a concrete or traced array.
+        spec: how it should lie.
+        where: the sharding whose mesh it should lie on.
+
+    Raises:
+        ValueError: it is sharded, but otherwise.
+    """
+    if isinstance(x, jax.core.Tracer):
+        return _explicitly_placed(name, x, spec, where)
+    if not isinstance(where.mesh, Mesh):
+        return x
+    sharding = getattr(x, "sharding", None)
+    target = NamedSharding(where.mesh, _that_divides(spec, x.shape, where))
+    if sharding is None or sharding.is_fully_replicated:
+        return jax.device_put(x, target)
+    if not sharding.is_equivalent_to(target, x.ndim):
+        found = getattr(sharding, "spec", sharding)
+        raise _wrong(name, found, spec, where)
+    return x
+
+
+def _explicitly_placed(
+    name: str, x: Array, spec: PartitionSpec, where: SequenceSharding
+) -> Array:
+    """The same under a trace, as far as types tell: only Explicit axes are part of the type."""
+    explicit = explicit_axes(where)
+    if not explicit:
+        return x
+    found = jax.typeof(x).sharding.spec
+    target = only(_that_divides(spec, x.shape, where), explicit)
+    padded = (*found, *[None] * (x.ndim - len(found)))
+    if all(part is None for part in padded):
+        return jax.sharding.reshard(x, NamedSharding(where.mesh, target))
+    if [names(a) for a in padded] != [names(b) for b in target]:
+        raise _wrong(name, found, spec, where)
+    return x
+
+
+def _wrong(
+    name: str, found: object, spec: PartitionSpec, where: SequenceSharding
+) -> ValueError:
+    axes = dict(where.mesh.shape)
+    return ValueError(
+        f"{name} is sharded as {found}, but `sharding` says {spec} on the mesh {axes}. Place it with "
+        f"sharding.place(x) from natural order, move it with jax.device_put(x, NamedSharding(mesh, "
+        f"{spec})) (under jit: jax.sharding.reshard), or describe it: SequenceSharding(mesh, "
+        "axis_name=..., batch_axis=..., head_axis=...)."
+    )
+
+
+def _that_divides(
+    spec: PartitionSpec, shape: tuple[int, ...], where: SequenceSharding
+) -> PartitionSpec:
+    """The spec without axes that do not divide their dimension: padded before it is sharded."""
+    parts = [p if n % where.axis_size(p) == 0 else None for p, n in zip(spec, shape, strict=True)]
+    return PartitionSpec(*parts)
+
+
+def explicit_axes(where: SequenceSharding) -> frozenset[str]:
+    """Mesh axes of Explicit type."""
+    types = zip(where.mesh.axis_names, where.mesh.axis_types, strict=True)
+    return frozenset(name for name, kind in types if kind == AxisType.Explicit)
+
+
+def only(spec: PartitionSpec, axes: frozenset[str]) -> PartitionSpec:
+    """The spec with no axes but these."""
+    kept = [tuple(n for n in names(part) if n in axes) for part in spec]
+    return PartitionSpec(*[p[0] if len(p) == 1 else p or None for p in kept])
+
+
+def padded(x: Array, axis: int, length: int, value: int = 0) -> Array:
+    """x with `axis` filled up to `length`."""
+    if x.shape[axis] == length:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, length - x.shape[axis])
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def reshard(x: Array, spec: PartitionSpec, where: SequenceSharding) -> Array:
+    """Moves x where its type has to say so: on Explicit axes. Auto axes are the compiler's."""
+    explicit = explicit_axes(where)
+    if not explicit:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(where.mesh, only(spec, explicit)))
+
+
+def platform(where: SequenceSharding) -> str:
+    """What the mesh is made of: "cpu", "gpu", "tpu"."""
+    if isinstance(where.mesh, Mesh):
+        return where.mesh.devices.flat[0].platform
+    return jax.default_backend()
+
+
+def num_devices(where: SequenceSharding) -> int:
+    """Devices of the whole mesh."""
+    return math.prod(where.mesh.shape.values())

@@ -1,0 +1,207 @@
+"""The algorithm: exact attention over a ring of devices, forward and backward.
+
+Forward: Ring Attention (arXiv 2310.01889) with the online-softmax merge of BurstAttention
+(arXiv 2403.09347, section 3.2). Backward: BurstAttention's (section 3.3, Alg. 2), in which the
+query side travels, or the classic one, in which the key side does. We differ from both papers:
+
+  1. What travels is chosen per call and pass by bytes: with few kv heads, keys are less to carry.
+  2. R - 1 hops for every message. A device's own block never travels: it is computed at home, and
+     added when its traveller, which left empty-handed, returns.
+  3. A hop's messages leave before its tile starts. The results that travel home (gradients; partial
+     outputs where queries travel forward) are one hop behind, so nothing on the wire waits for the
+     tile of its own hop. Where something returns, the home tile is cut in two: one half hides the
+     first message, the other the last.
+  4. Partial results stay in the accumulators' dtype from the tile to the last merge.
+  5. Hops at which no device would find a visible pair are not made.
+
+All four rings (forward or backward, keys or queries travelling) are one function, `circulate`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+import burst_kernels
+from burst_jax import _wire
+from burst_jax._partial import Partial, merge
+from burst_jax._schedule import Schedule, Side, Visit
+from burst_jax._sides import Keys, Queries, Ring, at, halves, recast, tile_mask
+
+
+class Found(NamedTuple):
+    """What tiles found: forward a Partial of the queries, backward (dq,) and (dk, dv)."""
+
+    of_queries: Partial | tuple[Array] | None
+    of_keys: tuple[Array, Array] | None
+
+
+class Residuals(NamedTuple):
+    """Kept from the forward for the backward; out and lse are tagged for remat policies."""
+
+    queries: Queries
+    keys: Keys
+    sinks: Float[Array, "N"] | None
+    out: Float[Array, "B t N Hv"]
+    lse: Float[Array, "B t N"]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnames=("ring",))
+def ring_attention(
+    queries: Queries, keys: Keys, sinks: Float[Array, "N"] | None, ring: Ring
+) -> Partial:
+    """Attention of this device's queries to the keys of all devices; lse is differentiable too."""
+    return ring_attention_fwd(queries, keys, sinks, ring)[0]
+
+
+def ring_attention_fwd(
+    queries: Queries, keys: Keys, sinks: Float[Array, "N"] | None, ring: Ring
+) -> tuple[Partial, Residuals]:
+    """Forward ring. Sinks enter at the last merge, as one more key whose value is zero."""
+    forward = burst_kernels.BACKENDS[ring.implementation].forward
+
+    def tile(queries: Queries, keys: Keys) -> Found:
+        return Found(Partial(*forward(queries.q, keys.k, keys.v, tile_mask(queries, keys, ring))), None)
+
+    seen = circulate(queries, keys, tile, ring=ring, travels=ring.plan.forward).of_queries
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks.astype(seen.lse.dtype)[None, None], seen.lse.shape)
+        seen = merge(seen, Partial(jnp.zeros_like(seen.out), sink))
+    out = checkpoint_name(seen.out.astype(queries.q.dtype), "burst_out")
+    lse = checkpoint_name(seen.lse, "burst_lse")
+    return Partial(out, lse), Residuals(queries, keys, sinks, out, lse)
+
+
+def ring_attention_bwd(ring: Ring, kept: Residuals, cotangents: Partial) -> tuple:
+    """Backward ring. delta is made once, before the ring, so `out` never travels."""
+    queries, keys, sinks, out, lse = kept
+    backward = burst_kernels.BACKENDS[ring.implementation].backward
+    do, dlse = cotangents
+    # d lse / d scores = p, so lse's cotangent enters exactly where -delta does.
+    delta = (do.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1) - dlse
+    delta = jnp.where(jnp.isneginf(lse), 0.0, delta)
+
+    def tile(queries: Queries, keys: Keys) -> Found:
+        q, do, lse, delta, *_ = queries
+        mask = tile_mask(queries, keys, ring)
+        dq, dk, dv = backward(q, keys.k, keys.v, do, lse, delta, mask)
+        return Found((dq,), (dk, dv))
+
+    queries = queries._replace(do=do, lse=lse, delta=delta)
+    (dq,), (dk, dv) = circulate(queries, keys, tile, ring=ring, travels=ring.plan.backward)
+    dsinks = None
+    if sinks is not None:
+        # The sink's probability is exp(sink - lse); its value is zero, so its ds is -p delta.
+        p = jnp.exp(sinks.astype(lse.dtype)[None, None] - lse)
+        dsinks = -(p * delta).sum((0, 1)).astype(sinks.dtype)
+    dqueries = Queries(dq.astype(queries.q.dtype))
+    dkeys = Keys(dk.astype(keys.k.dtype), dv.astype(keys.v.dtype))
+    return dqueries, dkeys, dsinks
+
+
+ring_attention.defvjp(ring_attention_fwd, ring_attention_bwd)
+
+
+def circulate(
+    queries: Queries,
+    keys: Keys,
+    tile: Callable[[Queries, Keys], Found],
+    *,
+    ring: Ring,
+    travels: Side,
+) -> Found:
+    """Sends one side round the ring, and folds what the tiles find of both sides.
+
+    Args:
+        queries, keys: the two sides on this device.
+        tile: computes one pair of shards, with the positions of both filled in.
+        ring: the static description of the call.
+        travels: the side that moves; the other stays.
+
+    Returns:
+        Complete results for this device's own queries and own keys.
+    """
+    schedule = ring.schedule(travels)
+    me = jax.lax.axis_index(ring.axis_name) if schedule.num_shards > 1 else 0
+    queries, keys = at(me, queries, ring.queries, ring), at(me, keys, ring.keys, ring)
+    if not schedule.offsets:
+        return tile(queries, keys)
+    own = keys if travels == "kv" else queries
+    returns = travels == "q" or queries.do is not None
+    message_moves = functools.partial(_move, ring=ring, schedule=schedule)
+    result_moves = functools.partial(_move_result, ring=ring, schedule=schedule)
+
+    # The (first half of the) home tile hides the first message. Tied, or the compiler may start
+    # the first visit before it, and then it hides nothing.
+    early, late = halves(queries) if returns else (queries, None)
+    message = message_moves(recast(own, ring.plan.wire_dtype), schedule.first)
+    message, home = jax.lax.optimization_barrier((message, tile(early, keys)))
+
+    # Invariant before a visit at offset o: `message` is device me - o's; `stayed` is what this
+    # device's visits found so far of the side that stays; `collected` is what the traveller of the
+    # visit before has collected, here and on the devices that it met earlier.
+    def hop(carry, offset, plan: Visit):
+        stayed, collected, message = carry
+        onward = None if plan.onward is None else message_moves(message, plan.onward)
+        arriving = None if plan.behind is None else result_moves(collected, plan.behind)
+        shard = (me - offset) % schedule.num_shards
+        here = recast(message, own[0].dtype)
+        if travels == "kv":
+            stays, goes = tile(queries, at(shard, here, ring.keys, ring))
+        else:
+            goes, stays = tile(at(shard, here, ring.queries, ring), keys)
+        return _fold(stayed, stays), _fold(arriving, goes), onward
+
+    carry = (None if returns else home.of_queries, None, message)
+    for offsets, plan in schedule.visits(returns=returns):
+        if len(offsets) == 1:
+            carry = hop(carry, offsets[0], plan)
+        else:
+            steps = jnp.asarray(offsets, jnp.int32)
+            carry, _ = jax.lax.scan(lambda c, o, plan=plan: (hop(c, o, plan), None), carry, steps)
+    stayed, collected, _ = carry
+    if not returns:
+        return Found(stayed, None)
+
+    # The second half waits for what is to be sent home, and hides that.
+    collected, late = jax.lax.optimization_barrier((collected, late))
+    returned = result_moves(collected, schedule.homeward)
+    home = _join(home, None if late is None else tile(late, keys))
+    away = Found(stayed, returned) if travels == "kv" else Found(returned, stayed)
+    return Found(*map(_fold, home, away))
+
+
+def _fold(a: Any, b: Any) -> Any:
+    """Results over disjoint keys, or queries, put together; None is nothing yet."""
+    if a is None or b is None:
+        return b if a is None else a
+    return merge(a, b) if isinstance(a, Partial) else jax.tree.map(jnp.add, a, b)
+
+
+def _join(first: Found, second: Found | None) -> Found:
+    """Results for two halves of the query rows: rows side by side, what keys got added up."""
+    if second is None:
+        return first
+    rows = jax.tree.map(
+        lambda a, b: jnp.concatenate((a, b), axis=1), first.of_queries, second.of_queries
+    )
+    return Found(rows, _fold(first.of_keys, second.of_keys))
+
+
+def _move(message: Any, shift: int, *, ring: Ring, schedule: Schedule) -> Any:
+    return _wire.send(
+        message, ring.axis_name, schedule.to(shift), packed=ring.plan.one_message
+    )
+
+
+def _move_result(result: Any, shift: int, *, ring: Ring, schedule: Schedule) -> Any:
+    """Moves what a traveller has collected: gradients in the plan's dtype, a Partial as it is."""
+    if isinstance(result, Partial) or ring.plan.gradient_dtype is None:
+        return _move(result, shift, ring=ring, schedule=schedule)
+    sent = jax.tree.map(lambda x: x.astype(ring.plan.gradient_dtype), result)
+    arrived = _move(sent, shift, ring=ring, schedule=schedule)
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), arrived, result)

@@ -1,0 +1,129 @@
+"""The two sides of a tile, queries and keys, and all that is static about one call."""
+
+import dataclasses
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int
+
+import burst_kernels
+from burst_jax._plan import Plan
+from burst_jax._schedule import Schedule, Side, make_schedule
+from burst_jax._sharding import AxisName, ShardTokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ring:
+    """Everything static about one call, the same on every device.
+
+    Attributes:
+        axis_name: mesh axis of the ring.
+        queries, keys: where each side's tokens lie.
+        explicit: whether the caller gave positions, which then travel with their side.
+        positions_matter: False where neither mask nor padding asks for positions.
+        scale, logits_soft_cap, left, right: see `burst_kernels.Tile`.
+        plan: resolved: only its dtypes may be None.
+        implementation: the tile backend's name.
+    """
+
+    axis_name: AxisName
+    queries: ShardTokens
+    keys: ShardTokens
+    explicit: bool
+    positions_matter: bool
+    scale: float
+    logits_soft_cap: float | None
+    left: int | None
+    right: int | None
+    plan: Plan
+    implementation: str
+
+    def schedule(self, travels: Side) -> Schedule:
+        """The hops, where `travels` is the side that moves."""
+        return make_schedule(
+            travels=travels,
+            layout="explicit" if self.explicit else self.queries.layout,
+            num_shards=self.queries.num_shards,
+            q_local=self.queries.local,
+            kv_local=self.keys.local,
+            q_length=self.queries.length,
+            kv_length=self.keys.length,
+            left=self.left,
+            right=self.right,
+        )
+
+
+class Queries(NamedTuple):
+    """The query side of a tile; do, lse and delta only in the backward, the rest if it matters."""
+
+    q: Float[Array, "B t N H"]
+    do: Float[Array, "B t N Hv"] | None = None
+    lse: Float[Array, "B t N"] | None = None
+    delta: Float[Array, "B t N"] | None = None
+    positions: Int[Array, "b t"] | None = None
+    segments: Int[Array, "C b t"] | None = None
+
+
+class Keys(NamedTuple):
+    """The key side of a tile."""
+
+    k: Float[Array, "B s K H"]
+    v: Float[Array, "B s K Hv"]
+    positions: Int[Array, "b s"] | None = None
+    segments: Int[Array, "C b s"] | None = None
+
+
+def halves(queries: Queries) -> tuple[Queries, Queries | None]:
+    """The query rows in two halves; a single row stays whole."""
+    t = queries.q.shape[1]
+    if t < 2:
+        return queries, None
+
+    def rows(start: int, stop: int) -> Queries:
+        axes = Queries(1, 1, 1, 1, 1, 2)
+        return Queries(
+            *(
+                None if x is None else jax.lax.slice_in_dim(x, start, stop, axis=axis)
+                for x, axis in zip(queries, axes, strict=True)
+            )
+        )
+
+    return rows(0, t // 2), rows(t // 2, t)
+
+
+AnySide = TypeVar("AnySide", Queries, Keys)
+
+
+def at(shard: Int[Array, ""] | int, side: AnySide, tokens: ShardTokens, ring: Ring) -> AnySide:
+    """A side with the positions of the tokens that device `shard` holds."""
+    if not ring.positions_matter:
+        return side
+    if side.positions is None:
+        return side._replace(positions=tokens.positions(shard))
+    if not tokens.padded:
+        return side
+    # Whatever the caller's positions say of it, padding stays padding.
+    return side._replace(positions=jnp.where(tokens.positions(shard) < 0, -1, side.positions))
+
+
+def tile_mask(queries: Queries, keys: Keys, ring: Ring) -> burst_kernels.Tile:
+    """What counts between two sides, for the tile kernels."""
+    return burst_kernels.Tile(
+        scale=ring.scale,
+        logits_soft_cap=ring.logits_soft_cap,
+        left=ring.left,
+        right=ring.right,
+        q_positions=queries.positions,
+        kv_positions=keys.positions,
+        q_segments=queries.segments,
+        kv_segments=keys.segments,
+    )
+
+
+def recast(side: AnySide, dtype: DTypeLike | None) -> AnySide:
+    """A side with q and do, or k and v, in another dtype; the statistics keep theirs."""
+    if dtype is None:
+        return side
+    payload = {name: getattr(side, name) for name in ("q", "do", "k", "v") if name in side._fields}
+    return side._replace(**{n: x.astype(dtype) for n, x in payload.items() if x is not None})
