@@ -14,7 +14,8 @@ import burst_kernels
 from burst_jax import _checks, _placing
 from burst_jax._masks import Mask
 from burst_jax._partial import Partial
-from burst_jax._plan import Plan, Shapes, resolve
+from burst_jax._cost import Shapes
+from burst_jax._plan import Plan, resolve
 from burst_jax._ring import ring_attention
 from burst_jax._sharding import AxisName, SequenceSharding, ShardTokens
 from burst_jax._sides import Keys, Queries, Ring
@@ -189,19 +190,12 @@ def _prepare(
         for q_ids, kv_ids in mask.segment_ids
     ]
     q_segments, kv_segments = map(_stack, zip(*segments, strict=True)) if segments else (None, None)
-    width = query.dtype.itemsize
-    accumulator = burst_kernels.accumulator_dtype(query.dtype).itemsize
-    wire, gradient = (
-        default if dtype is None else dtype.itemsize
-        for dtype, default in (
-            (plan and plan.wire_dtype, width),
-            (plan and plan.gradient_dtype, accumulator),
-        )
+    shapes = Shapes.of(
+        (B // split[0], q_tokens.local, N // split[1], H),
+        (kv_tokens.local, K // split[1], Hv),
+        query.dtype,
+        plan,
     )
-    shapes = Shapes(
-        B=B // split[0], t=q_tokens.local, s=kv_tokens.local, N=N // split[1], K=K // split[1],
-        H=H, Hv=Hv, wire=wire, gradient=gradient, accumulator=accumulator,
-    )  # fmt: skip
     windowed = mask.left is not None or mask.right is not None
     ring = Ring(
         axis_name=axis_name,

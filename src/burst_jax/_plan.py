@@ -1,15 +1,14 @@
 """`Plan`: what travels and in which dtype. `make_plan`: the choice made for you, and why."""
 
 import dataclasses
-from typing import Literal
-
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import DTypeLike
 
+from burst_jax._cost import Hardware, Shapes, bytes_a_hop, hardware_named, predict
 from burst_jax._masks import Mask
 from burst_jax._schedule import Side
-from burst_jax._sharding import SequenceSharding
+from burst_jax._sharding import SequenceSharding, ShardTokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +26,7 @@ class Plan:
         one_message: whether all that travels together is packed into one message; None: on NVIDIA
             GPUs, where of two permutes in flight only one is hidden behind the tile.
         num_shards: R that the plan was made for; it is refused on any other. None: any.
+        explanation: the text of `explain`, written by `make_plan`.
 
     Raises:
         ValueError: a field has a value that does not exist.
@@ -38,6 +38,7 @@ class Plan:
     gradient_dtype: DTypeLike | None = None
     one_message: bool | None = None
     num_shards: int | None = None
+    explanation: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for field in ("forward", "backward"):
@@ -67,47 +68,14 @@ class Plan:
         ):
             raise ValueError(f"Plan(num_shards={self.num_shards!r}): an integer >= 1, or None.")
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Shapes:
-    """The sizes on one device that costs depend on, in the alphabet of `jax.nn`.
-
-    t, s: query and key tokens; N, K: query and kv heads; H, Hv: head dims of q, k and of v;
-    itemsize, wire, gradient: bytes of an element of the arrays, on the wire, of a travelling
-    gradient; accumulator: of the accumulators.
-    """
-
-    B: int
-    t: int
-    s: int
-    N: int
-    K: int
-    H: int
-    Hv: int
-    wire: int
-    gradient: int
-    accumulator: int
-
-
-def bytes_a_hop(shapes: Shapes) -> dict[str, dict[Side, int]]:
-    """Bytes that one device sends a hop, for each pass and travelling side.
-
-    The table of BurstAttention's section 3.3, for any N / K and with the dtypes told apart. The
-    statistics (lse, delta, and lse of a travelling partial result) have the accumulators' dtype.
-    """
-    x = shapes
-    queries, rows = x.B * x.t * x.N, 2 * x.B * x.t * x.N * x.accumulator
-    keys = x.B * x.s * x.K * (x.H + x.Hv)
-    return {
-        "forward": {
-            "kv": keys * x.wire,
-            "q": queries * x.H * x.wire + queries * (x.Hv + 1) * x.accumulator,
-        },
-        "backward": {
-            "kv": keys * (x.wire + x.gradient),
-            "q": queries * (x.H + x.Hv) * x.wire + rows + queries * x.H * x.gradient,
-        },
-    }
+    def explain(self) -> str:
+        """Predicted bytes, time and memory on one device, and why; made by `make_plan`."""
+        if self.explanation is None:
+            return (
+                f"{self}\nThis plan was written by hand: nothing is predicted, since it knows no "
+                "shapes. burst_jax.make_plan(query_shape, key_shape, sharding=..., dtype=...) does."
+            )
+        return self.explanation
 
 
 def resolve(plan: Plan | None, shapes: Shapes, num_shards: int, platform: str) -> Plan:
@@ -127,3 +95,56 @@ def resolve(plan: Plan | None, shapes: Shapes, num_shards: int, platform: str) -
         num_shards=num_shards,
     )
 
+
+
+def make_plan(
+    query_shape: tuple[int, ...],
+    key_shape: tuple[int, ...],
+    *,
+    sharding: SequenceSharding,
+    mask: Mask | None = None,
+    dtype: DTypeLike,
+    hardware: Hardware | str | None = None,
+    plan: Plan | None = None,
+) -> Plan:
+    """The choice that `plan=None` makes, with predictions in `.explain()`.
+
+    Args:
+        query_shape: global [B, T, N, H].
+        key_shape: global [B, S, K, H]; the value's head dim is taken to be H.
+        sharding: where the tokens lie.
+        mask: which keys count; None: all. Segments are predicted as if all were one.
+        dtype: of query, key and value.
+        hardware: a name in `burst_jax._cost.HARDWARE` ("v5e", "v5p", "v6e", "v4", "h100"), or a
+            `Hardware` of your own; None: no times are predicted.
+        plan: fields that you want fixed.
+
+    Returns:
+        A complete plan for this mesh.
+
+    Raises:
+        ValueError: shapes that no attention has, or that the mesh does not divide; unknown
+            hardware.
+    """
+    for name, shape in (("query_shape", query_shape), ("key_shape", key_shape)):
+        if len(shape) != 4 or any(n < 1 for n in shape):
+            raise ValueError(f"{name}={tuple(shape)}: give the global [B, T, N, H], all >= 1.")
+    (B, T, N, H), (_, S, K, _) = query_shape, key_shape
+    batch, heads = sharding.axis_size(sharding.batch_axis), sharding.axis_size(sharding.head_axis)
+    if N % K or B % batch or N % heads or K % heads:
+        raise ValueError(
+            f"B={B}, N={N}, K={K} on this mesh: N must be a multiple of K={K}, B of the batch "
+            f"axis ({batch} devices), N and K of the head axis ({heads})."
+        )
+    dtype = jnp.dtype(dtype)
+    R = sharding.num_shards
+    q_tokens, kv_tokens = (
+        ShardTokens(sharding.layout, R, sharding.padded(n) // R, n) for n in (T, S)
+    )
+    shapes = Shapes.of(
+        (B // batch, q_tokens.local, N // heads, H), (kv_tokens.local, K // heads, H), dtype, plan
+    )
+    chosen = resolve(plan, shapes, R, "cpu" if hardware is None else hardware_named(hardware).kind)
+    mask = Mask.full() if mask is None else mask
+    explanation = predict(chosen, shapes, q_tokens, kv_tokens, mask, hardware)
+    return dataclasses.replace(chosen, explanation=explanation)

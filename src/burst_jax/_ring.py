@@ -127,10 +127,10 @@ def circulate(
     """
     schedule = ring.schedule(travels)
     me = jax.lax.axis_index(ring.axis_name) if schedule.num_shards > 1 else 0
+    own = keys if travels == "kv" else queries  # without positions: any device can compute them
     queries, keys = at(me, queries, ring.queries, ring), at(me, keys, ring.keys, ring)
     if not schedule.offsets:
         return tile(queries, keys)
-    own = keys if travels == "kv" else queries
     returns = travels == "q" or queries.do is not None
     message_moves = functools.partial(_move, ring=ring, schedule=schedule)
     result_moves = functools.partial(_move_result, ring=ring, schedule=schedule)
