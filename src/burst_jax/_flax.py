@@ -1,0 +1,209 @@
+"""What the nnx and the linen side share: checks, positions, and what a host's arguments mean for us.
+
+Imports no Flax, so that each side is loaded only by those who use it.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int
+
+import burst_kernels
+from burst_jax import _checks, _placing, _rotary
+from burst_jax._attention import burst_attention
+from burst_jax._masks import Mask
+from burst_jax._plan import Plan
+from burst_jax._sharding import SequenceSharding, ShardTokens
+
+
+def check_module(
+    sharding: SequenceSharding,
+    mask: Mask | None,
+    *,
+    in_features: int,
+    num_heads: int,
+    num_kv_heads: int | None,
+    head_dim: int | None,
+    rope_theta: float | None,
+) -> tuple[Mask, int, int]:
+    """A module's arguments; returns its mask, K and H, the None among them filled in.
+
+    Raises:
+        ValueError: sizes that do not divide, a head dim that cannot be rotated, a mask that
+            belongs to one batch, or no sharding.
+    """
+    check_sharding(sharding)
+    mask = Mask.causal() if mask is None else _checks.check_mask(mask)
+    if mask.segment_ids:
+        raise ValueError(
+            "the mask of a module holds segment ids, which belong to one batch. Give them when "
+            "the module is called: attention(x, mask=Mask.segments(ids))."
+        )
+    sizes = (("in_features", in_features), ("num_heads", num_heads))
+    optional = (("num_kv_heads", num_kv_heads), ("head_dim", head_dim))
+    for name, size in (*sizes, *((name, 1 if size is None else size) for name, size in optional)):
+        if size < 1:
+            raise ValueError(f"{name}={size} must be at least 1.")
+    if head_dim is None and in_features % num_heads:
+        raise ValueError(
+            f"in_features={in_features} is not divided by num_heads={num_heads}. Give head_dim, or "
+            "another number of heads."
+        )
+    H = in_features // num_heads if head_dim is None else head_dim
+    K = num_heads if num_kv_heads is None else num_kv_heads
+    if num_heads % K:
+        raise ValueError(
+            f"num_heads={num_heads} is not a multiple of num_kv_heads={K}; each kv head serves the "
+            f"same number of query heads. Choose one of the divisors of {num_heads}."
+        )
+    if rope_theta is None:
+        return mask, K, H
+    if not (math.isfinite(rope_theta) and rope_theta > 0):
+        raise ValueError(f"rope_theta={rope_theta} must be a finite number > 0, or None: no rotary.")
+    if H % 2:
+        raise ValueError(
+            f"head_dim={H} is odd, and rotary embedding rotates pairs. Use an even head_dim, or "
+            "rope_theta=None."
+        )
+    return mask, K, H
+
+
+def check_host(sharding: SequenceSharding, mask: Mask | None) -> Mask:
+    """The arguments of `attention_fn`; returns the mask."""
+    check_sharding(sharding)
+    return _checks.check_mask(mask)
+
+
+def check_sharding(sharding: SequenceSharding) -> None:
+    """Says which sharding is meant: Flax has another argument of that name."""
+    if not isinstance(sharding, SequenceSharding):
+        raise ValueError(
+            f"sharding must be a burst_jax.SequenceSharding, got {type(sharding).__name__}: it says "
+            "how the sequence lies on the mesh."
+        )
+
+
+def check_input(x: Float[Array, "B T D"], in_features: int | None = None) -> None:
+    """Raises ValueError for an x that is not [B, T, in_features]."""
+    if len(x.shape) != 3 or in_features not in (None, x.shape[-1]):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; it must be [B, T, D]"
+            + ("." if in_features is None else f" with D = in_features = {in_features}.")
+        )
+
+
+def projected_sharding(shape: tuple[int, ...], sharding: SequenceSharding) -> NamedSharding | None:
+    """What a projection says its output's sharding is; None where axes are the compiler's (Auto).
+
+    On Explicit axes it has to be said: a sum over heads that lie on several devices has no
+    sharding of its own.
+    """
+    explicit = _placing.explicit_axes(sharding)
+    if not explicit:
+        return None
+    spec = _placing._that_divides(sharding.spec(len(shape)), shape, sharding)
+    return NamedSharding(sharding.mesh, _placing.only(spec, explicit))
+
+
+def pinned(x: Array, sharding: SequenceSharding) -> Array:
+    """x, laid out as the sharding says, on either kind of axis.
+
+    On Auto axes without this the compiler may choose to compute heads or angles on every device.
+    """
+    explicit = projected_sharding(x.shape, sharding)
+    if explicit is not None:
+        return jax.sharding.reshard(x, explicit)
+    spec = _placing._that_divides(sharding.spec(x.ndim), x.shape, sharding)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    *,
+    sharding: SequenceSharding,
+    mask: Mask,
+    positions: Int[Array, "..."] | None,
+    rope_theta: float | None,
+    plan: Plan | None,
+    implementation: str | None,
+) -> Float[Array, "B T N H"]:
+    """Rotary embedding and attention of projected heads, in the dtype of v.
+
+    q and k may be of wider dtype (they have been normalised in it) and are rounded once, here.
+    """
+    B, T, _, H = q.shape
+    if rope_theta is not None:
+        if positions is None:
+            at = layout_positions(sharding, T)
+        else:
+            at = pinned(_checks.as_rows("positions", positions, B, T), sharding)
+        dtype = burst_kernels.accumulator_dtype(v.dtype)
+        turn = _rotary.rotation(at, H, rope_theta, dtype)
+        q, k = (_rotary.rotate(x, turn) for x in (q, k))
+    q, k, v = (pinned(x.astype(v.dtype), sharding) for x in (q, k, v))
+    return burst_attention(
+        q, k, v, sharding=sharding, mask=mask, positions=positions, plan=plan,
+        implementation=implementation,
+    )  # fmt: skip
+
+
+def layout_positions(sharding: SequenceSharding, tokens: int) -> Int[Array, "1 T"]:
+    """int32 positions of tokens in layout order, sharded as they are; padding is -1.
+
+    `sharding.positions_of` computed by the program: as a constant, a million positions would be 4
+    MB of code, and the same on every device.
+    """
+    length = tokens if sharding.length is None else sharding.length
+    if tokens % sharding.multiple:  # contiguous and not placed: padded inside the attention
+        return jnp.arange(tokens, dtype=jnp.int32)[None]
+    R = sharding.num_shards
+    shards = ShardTokens(sharding.layout, R, tokens // R, length)
+    rows = jax.vmap(shards.positions)(jnp.arange(R, dtype=jnp.int32))
+    return pinned(rows.reshape(1, tokens), sharding)
+
+
+def honoured_mask(
+    own: Mask,
+    *,
+    mask: Array | Mask | None,
+    is_causal: bool,
+    dropout_rate: float,
+    deterministic: bool,
+    sows: bool,
+    precision: jax.lax.PrecisionLike,
+) -> Mask:
+    """The mask that a host's arguments and our own ask for, if the rest can be honoured.
+
+    Raises:
+        ValueError: it cannot: a dense mask, dropout, sown weights or a precision.
+    """
+    if isinstance(mask, Mask):
+        own = own & mask
+    elif mask is not None:
+        raise ValueError(
+            f"mask is a dense array of shape {tuple(mask.shape)}, quadratic in the sequence and not "
+            "taken (a module that decodes with a cache makes one too): say what it masks with "
+            "attention_fn(sharding, mask=Mask.causal()) or mask=Mask.segments(ids) in the call, "
+            "and decode with Flax's own attention."
+        )
+    if dropout_rate > 0 and not deterministic:
+        raise ValueError(
+            f"dropout_rate={dropout_rate} on attention weights cannot be honoured, because they are "
+            "never stored: use dropout_rate=0 or deterministic=True, and drop out what the module "
+            "returns instead."
+        )
+    if sows:
+        raise ValueError(
+            "sow_weights=True cannot be honoured, because attention weights are never stored: "
+            "leave it False, and look at them on a short sequence with Flax's own attention."
+        )
+    if precision not in (None, "default", jax.lax.Precision.DEFAULT):
+        raise ValueError(
+            f"precision={precision!r} cannot be honoured by every tile: leave precision=None in the "
+            "module, and set it around the call with jax.default_matmul_precision(...)."
+        )
+    return own & Mask.causal() if is_causal else own
