@@ -36,11 +36,14 @@ def render(script: Path) -> nbformat.NotebookNode:
         notebook,
         timeout=CELL_LIMIT_S,
         record_timing=False,
+        # Errors only: the kernel warns that it talks over an unencrypted port, which is local.
+        extra_arguments=["--log-level=40"],
         resources={"metadata": {"path": str(script.parent)}},
     ).execute()
     # Cell ids are drawn anew at each run; numbered ones keep the rendering's history readable.
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"
+        cell.metadata.pop("lines_to_next_cell", None)  # jupytext's own note on the .py
     return notebook
 
 

@@ -6,6 +6,7 @@ Most tests read the sources (`ast`) and so cover files that no other test happen
 import ast
 import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,8 +20,11 @@ KERNELS = ROOT / "kernels" / "burst_kernels"
 SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 # The library proper: everything else in burst_jax (modules for Flax, the language model, the
 # command line) is built on it and may import more.
+PRIVATE_OR_INIT = re.compile(r"(__init__|_[a-z]\w*)\.py")
 CORE_NAMES = {"reference.py", "inspect.py", "aot.py"}
-CORE = sorted(p for p in LIBRARY.glob("*.py") if p.name.startswith("_") or p.name in CORE_NAMES)
+CORE = sorted(
+    p for p in LIBRARY.glob("*.py") if PRIVATE_OR_INIT.fullmatch(p.name) or p.name in CORE_NAMES
+)
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
