@@ -17,7 +17,7 @@ from burst_jax._partial import Partial
 from burst_jax._cost import Shapes
 from burst_jax._plan import Plan, resolve
 from burst_jax._ring import ring_attention
-from burst_jax._sharding import AxisName, SequenceSharding, ShardTokens
+from burst_jax._sharding import AxisName, SequenceSharding, ShardTokens, names
 from burst_jax._sides import Keys, Queries, Ring
 
 Positions = Int[Array, "..."] | tuple[Int[Array, "..."], Int[Array, "..."]]
@@ -155,7 +155,7 @@ def burst_attention_shard(
         logits_soft_cap=logits_soft_cap, sinks=sinks, positions=positions, plan=plan,
         implementation=implementation, platform=jax.default_backend(), split=(1, 1),
     )  # fmt: skip
-    seen = ring_attention(*_varying_alike((queries, keys, sinks)), ring)
+    seen = _run_shard(queries, keys, sinks, ring)
     return (seen.out, seen.lse) if return_residual else seen.out
 
 
@@ -272,9 +272,10 @@ def _run(
     of_rows = sharding.spec(4)
     seen = jax.shard_map(
         lambda *arrays: ring_attention(*_varying_alike(arrays), ring),
-        mesh=sharding.mesh,
+        mesh=_placing.current_mesh(sharding),
         in_specs=specs,
         out_specs=Partial(of_rows, PartitionSpec(*of_rows[:3])),
+        axis_names=_placing.free_axes(sharding),
     )(*arrays)
     if seen.out.shape[1] == T:
         return seen
@@ -283,6 +284,40 @@ def _run(
     spec = Partial(PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None, heads))
     seen = jax.tree.map(lambda x, spec: _placing.reshard(x, spec, sharding), seen, spec)
     return jax.tree.map(lambda x: x[:, :T], seen)
+
+
+def _run_shard(
+    queries: Queries, keys: Keys, sinks: Float[Array, "N"] | None, ring: Ring
+) -> Partial:
+    """Runs the ring where the arrays are shards already.
+
+    In a partly manual shard_map batch and heads may still be sharded over Explicit axes: these
+    are made manual too, since a tile knows one device.
+    """
+    rows = PartitionSpec(*(*jax.typeof(queries.q).sharding.spec, *[None] * 4)[:4])
+    batch, tokens, heads, width = rows
+    axes = frozenset(name for part in rows for name in names(part))
+    if not axes:
+        return ring_attention(*_varying_alike((queries, keys, sinks)), ring)
+    _checks.check_shard_spec(rows, tokens, width)
+
+    def ids(x: Array | None) -> PartitionSpec | None:
+        if x is None:
+            return None
+        return PartitionSpec(*[None] * (x.ndim - 2), batch if x.shape[-2] > 1 else None, None)
+
+    specs = (
+        Queries(rows, positions=ids(queries.positions), segments=ids(queries.segments)),
+        Keys(rows, rows, positions=ids(keys.positions), segments=ids(keys.segments)),
+        None if sinks is None else PartitionSpec(heads),
+    )
+    arrays = jax.tree.map(jax.sharding.reshard, (queries, keys, sinks), specs)
+    return jax.shard_map(
+        lambda *arrays: ring_attention(*_varying_alike(arrays), ring),
+        in_specs=specs,
+        out_specs=Partial(rows, PartitionSpec(*rows[:3])),
+        axis_names=axes,
+    )(*arrays)
 
 
 def _filled(side, tokens: ShardTokens):

@@ -251,3 +251,12 @@ def check_pair(positions: tuple) -> tuple:
             "pair (positions of the queries, positions of the keys)."
         )
     return tuple(positions)
+
+
+def check_shard_spec(spec: object, tokens: object, width: object) -> None:
+    """Inside a shard_map only batch and heads may still be sharded."""
+    if tokens is not None or width is not None:
+        raise ValueError(
+            f"query is still sharded as {spec} inside this shard_map: only its batch and heads may "
+            "be. Name the sequence's mesh axis in the shard_map's axis_names and in_specs."
+        )

@@ -1,7 +1,7 @@
 """What a call costs, predicted from its shapes: bytes, FLOP, time, memory. Units in every name."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -66,12 +66,18 @@ def hardware_named(hardware: Hardware | str) -> Hardware:
     return HARDWARE[hardware]
 
 
+@runtime_checkable
 class _Dtypes(Protocol):
+    """The fields of a Plan that sizes depend on; Plan itself is defined on top of this module."""
+
     wire_dtype: DTypeLike | None
     gradient_dtype: DTypeLike | None
 
 
+@runtime_checkable
 class _Travels(_Dtypes, Protocol):
+    """A resolved Plan."""
+
     forward: Side
     backward: Side
 

@@ -1,11 +1,9 @@
 """How arrays come to lie as a SequenceSharding says, and what is refused because it lies otherwise."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from burst_jax._sharding import SequenceSharding, names
@@ -48,7 +46,7 @@ def _explicitly_placed(
     target = only(_that_divides(spec, x.shape, where), explicit)
     padded = (*found, *[None] * (x.ndim - len(found)))
     if all(part is None for part in padded):
-        return jax.sharding.reshard(x, NamedSharding(where.mesh, target))
+        return jax.sharding.reshard(x, NamedSharding(current_mesh(where), target))
     if [names(a) for a in padded] != [names(b) for b in target]:
         raise _wrong(name, found, spec, where)
     return x
@@ -74,9 +72,45 @@ def _that_divides(
     return PartitionSpec(*parts)
 
 
+def current_mesh(where: SequenceSharding) -> Mesh | AbstractMesh:
+    """The sharding's mesh, as it is known here: inside a shard_map some of its axes are Manual.
+
+    Raises:
+        ValueError: the caller's shard_map is over an axis of the sharding, or another mesh's.
+    """
+    here = jax.sharding.get_abstract_mesh()
+    if here.empty or AxisType.Manual not in here.axis_types:
+        return where.mesh
+    used = {
+        *names(where.axis_name), *names(where.batch_axis), *names(where.head_axis)
+    }  # fmt: skip
+    manual = {n for n, kind in zip(here.axis_names, here.axis_types, strict=True)
+              if kind == AxisType.Manual}  # fmt: skip
+    if used & manual:
+        raise ValueError(
+            f"burst_attention was called inside a shard_map over {sorted(used & manual)}, where "
+            "arrays are one device's shards. Use burst_attention_shard(..., axis_name="
+            f"{where.axis_name!r}) there, or name only other axes in the shard_map."
+        )
+    if dict(here.shape) != dict(where.mesh.shape):
+        raise ValueError(
+            f"`sharding` has the mesh {dict(where.mesh.shape)}, but the shard_map around this call "
+            f"has {dict(here.shape)}. Build the SequenceSharding on the mesh in use."
+        )
+    return here
+
+
+def free_axes(where: SequenceSharding) -> frozenset[str]:
+    """Mesh axes that are not Manual yet."""
+    mesh = current_mesh(where)
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return frozenset(name for name, kind in types if kind != AxisType.Manual)
+
+
 def explicit_axes(where: SequenceSharding) -> frozenset[str]:
     """Mesh axes of Explicit type."""
-    types = zip(where.mesh.axis_names, where.mesh.axis_types, strict=True)
+    mesh = current_mesh(where)
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return frozenset(name for name, kind in types if kind == AxisType.Explicit)
 
 
@@ -100,7 +134,7 @@ def reshard(x: Array, spec: PartitionSpec, where: SequenceSharding) -> Array:
     explicit = explicit_axes(where)
     if not explicit:
         return x
-    return jax.sharding.reshard(x, NamedSharding(where.mesh, only(spec, explicit)))
+    return jax.sharding.reshard(x, NamedSharding(current_mesh(where), only(spec, explicit)))
 
 
 def platform(where: SequenceSharding) -> str:
@@ -108,8 +142,3 @@ def platform(where: SequenceSharding) -> str:
     if isinstance(where.mesh, Mesh):
         return where.mesh.devices.flat[0].platform
     return jax.default_backend()
-
-
-def num_devices(where: SequenceSharding) -> int:
-    """Devices of the whole mesh."""
-    return math.prod(where.mesh.shape.values())

@@ -8,8 +8,8 @@ from burst_kernels._tile import Tile
 
 
 def matmul(
-    a: Float[Array, "h m x"],
-    b: Float[Array, "h n x"],
+    a: Float[Array, "h a1 a2"],
+    b: Float[Array, "h b1 b2"],
     contract: tuple[int, int],
     dtype: DTypeLike,
 ) -> Float[Array, "h m n"]:
