@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,6 +178,13 @@ def test_no_file_is_a_drawer_for_odds_and_ends():
 def test_annotations_stay_visible_to_the_shape_checker():
     for path in SOURCES:
         assert "__future__.annotations" not in set(imported(parse(path))), name_of(path)
+
+
+def test_annotations_are_checked_while_tests_run():
+    import burst_jax
+
+    with pytest.raises(jaxtyping.TypeCheckError):
+        burst_jax.merge(1, 2)
 
 
 def test_public_functions_take_few_parameters():

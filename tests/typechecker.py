@@ -1,0 +1,6 @@
+"""The checker that pytest's --jaxtyping-packages (pyproject.toml) puts on every annotation of ours."""
+
+from beartype import BeartypeConf, beartype
+
+# An int is a float to every type checker (PEP 484): `scale: float` takes 1.
+check = beartype(conf=BeartypeConf(is_pep484_tower=True))
