@@ -33,7 +33,7 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 class Tile:
     """What counts inside one rectangle of queries and keys.
 
-    `b` is B, or 1 where all sequences of the batch share the same tokens. Position differences
+    Rows of tokens are B, or 1 where all sequences of the batch share them. Position differences
     must fit int32, so positions lie in [-1, 2**31 - 1).
 
     Attributes:
@@ -50,10 +50,10 @@ class Tile:
     logits_soft_cap: float | None = dataclasses.field(default=None, metadata={"static": True})
     left: int | None = dataclasses.field(default=None, metadata={"static": True})
     right: int | None = dataclasses.field(default=None, metadata={"static": True})
-    q_positions: Int[Array, "b t"] | None = None
-    kv_positions: Int[Array, "b s"] | None = None
-    q_segments: Int[Array, "C b t"] | None = None
-    kv_segments: Int[Array, "C b s"] | None = None
+    q_positions: Int[Array, "_b t"] | None = None
+    kv_positions: Int[Array, "_b s"] | None = None
+    q_segments: Int[Array, "C _b t"] | None = None
+    kv_segments: Int[Array, "C _b s"] | None = None
 
     @property
     def masked(self) -> bool:
@@ -90,7 +90,7 @@ class Summary(NamedTuple):
 
 
 def _tokens(
-    positions: Int[Array, "b n"] | None, segments: Int[Array, "C b n"] | None, n: int
+    positions: Int[Array, "_b n"] | None, segments: Int[Array, "C _b n"] | None, n: int
 ) -> Tokens:
     if positions is None:
         # Any array of the caller will do as a model: a fresh constant would lack its mesh axes.

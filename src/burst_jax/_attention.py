@@ -31,8 +31,8 @@ def burst_attention(
     *,
     sharding: SequenceSharding,
     mask: Mask | None = None,
-    scale: float | None = None,
-    logits_soft_cap: float | None = None,
+    scale: int | float | None = None,
+    logits_soft_cap: int | float | None = None,
     sinks: Float[Array, "N"] | None = None,
     positions: Positions | None = None,
     plan: Plan | None = None,
@@ -110,8 +110,8 @@ def burst_attention_shard(
     length: int | None = None,
     key_length: int | None = None,
     mask: Mask | None = None,
-    scale: float | None = None,
-    logits_soft_cap: float | None = None,
+    scale: int | float | None = None,
+    logits_soft_cap: int | float | None = None,
     sinks: Float[Array, "N"] | None = None,
     positions: Positions | None = None,
     plan: Plan | None = None,
@@ -222,7 +222,7 @@ def _pair(positions: Positions | None) -> tuple:
     return positions, positions
 
 
-def _stack(ids: tuple[Int[Array, "b n"], ...]) -> Int[Array, "C b n"]:
+def _stack(ids: tuple[Int[Array, "_b n"], ...]) -> Int[Array, "C b n"]:
     """Kinds of segment ids in one array; a kind that the batch shares is broadcast."""
     rows = max(x.shape[0] for x in ids)
     return jnp.stack([jnp.broadcast_to(x, (rows, x.shape[1])) for x in ids])

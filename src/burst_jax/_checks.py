@@ -75,21 +75,21 @@ def _check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) ->
         )
 
 
-def check_scale(scale: float | None, head_dim: int) -> float:
+def check_scale(scale: int | float | None, head_dim: int) -> float:
     """The scale as a float; None is 1/sqrt(H)."""
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
     return _positive("scale", scale, "multiplies q k^T", "None for 1/sqrt(head dim)")
 
 
-def check_soft_cap(logits_soft_cap: float | None) -> float | None:
+def check_soft_cap(logits_soft_cap: int | float | None) -> float | None:
     """The soft cap as a float, or None."""
     if logits_soft_cap is None:
         return None
     return _positive("logits_soft_cap", logits_soft_cap, "bounds the scores", "None for no cap")
 
 
-def _positive(name: str, value: float, role: str, otherwise: str) -> float:
+def _positive(name: str, value: int | float, role: str, otherwise: str) -> float:
     if isinstance(value, jax.core.Tracer):
         raise ValueError(
             f"{name} is traced; it {role} and must be known when the program is compiled. Pass a "

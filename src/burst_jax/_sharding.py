@@ -127,7 +127,7 @@ class SequenceSharding:
             parts[axis + 1] = self.head_axis
         return PartitionSpec(*parts)
 
-    def place(self, x: Array | np.ndarray, axis: int = 1, pad_value: float = 0) -> Array:
+    def place(self, x: Array | np.ndarray, axis: int = 1, pad_value: int | float = 0) -> Array:
         """Pads, permutes and shards an array in natural order: call it once, on the batch.
 
         Args:
@@ -272,7 +272,7 @@ class ShardTokens:
         """Whether any shard holds padding."""
         return self.local * self.num_shards != self.length
 
-    def positions(self, shard: Int[Array, ""]) -> Int[Array, "1 t"]:
+    def positions(self, shard: Int[Array, ""] | int) -> Int[Array, "1 t"]:
         """int32 positions of the tokens that device `shard` holds; padding is -1."""
         here = jnp.arange(self.local, dtype=jnp.int32)
         shard = jnp.asarray(shard, jnp.int32)

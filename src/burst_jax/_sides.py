@@ -61,8 +61,8 @@ class Queries(NamedTuple):
     do: Float[Array, "B t N Hv"] | None = None
     lse: Float[Array, "B t N"] | None = None
     delta: Float[Array, "B t N"] | None = None
-    positions: Int[Array, "b t"] | None = None
-    segments: Int[Array, "C b t"] | None = None
+    positions: Int[Array, "_b t"] | None = None
+    segments: Int[Array, "C _b t"] | None = None
 
 
 class Keys(NamedTuple):
@@ -70,8 +70,8 @@ class Keys(NamedTuple):
 
     k: Float[Array, "B s K H"]
     v: Float[Array, "B s K Hv"]
-    positions: Int[Array, "b s"] | None = None
-    segments: Int[Array, "C b s"] | None = None
+    positions: Int[Array, "_b s"] | None = None
+    segments: Int[Array, "C _b s"] | None = None
 
 
 def halves(queries: Queries) -> tuple[Queries, Queries | None]:

@@ -1,9 +1,10 @@
 """Backward tile: dq, dk, dv from one pass over the scores (FlashAttention-2, Alg. 2), pure JAX.
 
 For each block of keys, the active query blocks only. dk and dv of the block stay in the loop's
-small carry; dq is one float32 buffer that each step adds one block to. Scores are held transposed,
-[keys, queries]: then four of the five products contract the last axis of the large operand, which
-is the fast direction on CPU. The softmax is the whole row's: lse and delta come from outside.
+small carry; dq is one buffer that each step adds one block to. Scores are held transposed, [keys,
+queries], and so is dq, [H, queries]: then no product has to transpose the large operand, which on
+CPU costs more than the product (kernels/workbench/bench_products.py). The softmax is the whole
+row's: lse and delta come from outside.
 """
 
 import jax
@@ -50,6 +51,7 @@ def tile_backward(
     def block(dq, x):
         at, k_block, v_block = x
         group, j = at // b.num_kv, at % b.num_kv
+        k_columns = k_block.swapaxes(1, 2)
         zeros = [jnp.zeros_like(x, dtype=dtype) for x in (k_block, v_block)]
 
         def visit(carry, i: Int[Array, ""], masked: bool):
@@ -62,7 +64,9 @@ def tile_backward(
             seen = None
             if masked:
                 seen = jnp.tile(mask.visible(group, i, j).T, (1, b.heads_per_kv))[None]
-            dq_part, dk_part, dv_part = _gradients(q, k_block, v_block, do, lse, delta, seen, tile)
+            dq_part, dk_part, dv_part = _gradients(
+                q, k_block, k_columns, v_block, do, lse, delta, seen, tile
+            )
             old = jax.lax.dynamic_index_in_dim(dq, row, keepdims=False)
             dq = jax.lax.dynamic_update_index_in_dim(dq, old + dq_part, row, 0)
             return dq, dk + dk_part, dv + dv_part
@@ -78,22 +82,24 @@ def tile_backward(
         return dq, (dk * tile.scale, dv)
 
     indices = jax.lax.broadcasted_iota(jnp.int32, (b.groups * b.num_kv,), 0)
-    dq = jnp.zeros_like(qs, dtype=dtype)
+    dq = jnp.zeros_like(qs, dtype=dtype, shape=(*qs.shape[:2], qs.shape[3], qs.shape[2]))
     dq, (dk, dv) = jax.lax.scan(block, dq, (indices, key_blocks(k, b), key_blocks(v, b)))
+    dq = dq.swapaxes(2, 3)
     return from_query_blocks(dq, b) * tile.scale, from_key_blocks(dk, b), from_key_blocks(dv, b)
 
 
 def _gradients(
     q: Float[Array, "h r H"],
     k: Float[Array, "h c H"],
+    k_columns: Float[Array, "h H c"],
     v: Float[Array, "h c Hv"],
     do: Float[Array, "h r Hv"],
     lse: Float[Array, "h r"],
     delta: Float[Array, "h r"],
     seen: Array | None,
     tile: Tile,
-) -> tuple[Float[Array, "h r H"], Float[Array, "h c H"], Float[Array, "h c Hv"]]:
-    """Contributions of one pair of blocks to dq / scale, dk / scale and dv."""
+) -> tuple[Float[Array, "h H r"], Float[Array, "h c H"], Float[Array, "h c Hv"]]:
+    """Contributions of one pair of blocks to dq^T / scale, dk / scale and dv."""
     dtype, operand = lse.dtype, operand_dtype(q.dtype)
     scores = capped(matmul(k, q, (2, 2), dtype), tile)
     p = jnp.exp(scores - lse[:, None, :])
@@ -106,5 +112,5 @@ def _gradients(
     p, ds = p.astype(operand), ds.astype(operand)
     dv = matmul(p, do.astype(operand), (2, 1), dtype)
     dk = matmul(ds, q.astype(operand), (2, 1), dtype)
-    dq = matmul(ds, k.astype(operand), (1, 1), dtype)
+    dq = matmul(k_columns.astype(operand), ds, (2, 1), dtype)
     return dq, dk, dv
