@@ -1,4 +1,4 @@
-"""The checker that pytest's --jaxtyping-packages (pyproject.toml) puts on every annotation of ours."""
+"""The checker that the addopts of pyproject.toml put on every annotation of ours."""
 
 from beartype import BeartypeConf, beartype
 
