@@ -1,13 +1,14 @@
-"""What the nnx and the linen side share: checks, positions, and what a host's arguments mean for us.
+"""What the nnx and the linen side share: checks, positions, what a host's arguments mean to us.
 
 Imports no Flax, so that each side is loaded only by those who use it.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 import burst_kernels
@@ -61,7 +62,9 @@ def check_module(
     if rope_theta is None:
         return mask, K, H
     if not (math.isfinite(rope_theta) and rope_theta > 0):
-        raise ValueError(f"rope_theta={rope_theta} must be a finite number > 0, or None: no rotary.")
+        raise ValueError(
+            f"rope_theta={rope_theta} must be a finite number > 0, or None: no rotary embedding."
+        )
     if H % 2:
         raise ValueError(
             f"head_dim={H} is odd, and rotary embedding rotates pairs. Use an even head_dim, or "
@@ -80,9 +83,14 @@ def check_sharding(sharding: SequenceSharding) -> None:
     """Says which sharding is meant: Flax has another argument of that name."""
     if not isinstance(sharding, SequenceSharding):
         raise ValueError(
-            f"sharding must be a burst_jax.SequenceSharding, got {type(sharding).__name__}: it says "
-            "how the sequence lies on the mesh."
+            f"sharding must be a burst_jax.SequenceSharding, got {type(sharding).__name__}; it "
+            "says how the sequence lies on the mesh."
         )
+
+
+def both(own: Mask, further: Mask | None) -> Mask:
+    """The module's mask and the call's."""
+    return own & _checks.check_mask(further)
 
 
 def check_input(x: Float[Array, "B T D"], in_features: int | None = None) -> None:
@@ -94,17 +102,22 @@ def check_input(x: Float[Array, "B T D"], in_features: int | None = None) -> Non
         )
 
 
-def projected_sharding(shape: tuple[int, ...], sharding: SequenceSharding) -> NamedSharding | None:
-    """What a projection says its output's sharding is; None where axes are the compiler's (Auto).
+def laid_out(shape: tuple[int, ...], sharding: SequenceSharding) -> NamedSharding | None:
+    """What an operation must be told of its output's sharding; None where axes are Auto.
 
-    On Explicit axes it has to be said: a sum over heads that lie on several devices has no
-    sharding of its own.
+    On Explicit axes a sum over heads that lie on several devices has no sharding of its own.
     """
+    return _on_explicit(sharding.spec(len(shape)), shape, sharding)
+
+
+def _on_explicit(
+    spec: PartitionSpec, shape: tuple[int, ...], sharding: SequenceSharding
+) -> NamedSharding | None:
     explicit = _placing.explicit_axes(sharding)
     if not explicit:
         return None
-    spec = _placing._that_divides(sharding.spec(len(shape)), shape, sharding)
-    return NamedSharding(sharding.mesh, _placing.only(spec, explicit))
+    spec = _placing._that_divides(spec, shape, sharding)
+    return NamedSharding(_placing.current_mesh(sharding), _placing.only(spec, explicit))
 
 
 def pinned(x: Array, sharding: SequenceSharding) -> Array:
@@ -112,26 +125,59 @@ def pinned(x: Array, sharding: SequenceSharding) -> Array:
 
     On Auto axes without this the compiler may choose to compute heads or angles on every device.
     """
-    explicit = projected_sharding(x.shape, sharding)
+    explicit = laid_out(x.shape, sharding)
     if explicit is not None:
         return jax.sharding.reshard(x, explicit)
     spec = _placing._that_divides(sharding.spec(x.ndim), x.shape, sharding)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, spec))
+    mesh = _placing.current_mesh(sharding)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
-def attend(
+def gathered(
+    kernel: Float[Array, "..."],
+    bias: Float[Array, "..."] | None,
+    *,
+    sharding: SequenceSharding,
+    sums_heads: bool,
+) -> tuple[Float[Array, "..."], Float[Array, "..."] | None]:
+    """A projection's parameters, sharded over the heads and nothing else.
+
+    Kernels are [D, N, H], or [N, H, D] where the projection sums over heads (`sums_heads`).
+
+    On Explicit axes this is what lets them be stored in any way, spread over the batch's devices
+    or on one device alone: their gradients come back through it the way they are stored.
+    """
+    heads = sharding.head_axis
+    specs = PartitionSpec(heads, None, None), PartitionSpec(None)
+    if not sums_heads:
+        specs = PartitionSpec(None, heads, None), PartitionSpec(heads, None)
+
+    def moved(x: Array, spec: PartitionSpec) -> Array:
+        explicit = _on_explicit(spec, x.shape, sharding)
+        return x if explicit is None else jax.sharding.reshard(x, explicit)
+
+    return moved(kernel, specs[0]), None if bias is None else moved(bias, specs[1])
+
+
+def normed(
+    norm: Callable[[Float[Array, "B T N H"]], Float[Array, "B T N H"]], x: Float[Array, "B T N H"]
+) -> Float[Array, "B T N H"]:
+    """A norm of Flax's in the accumulators' dtype, in which q and k stay until they are rotated."""
+    # Flax's norms promote their statistics implicitly, which strict promotion would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        return norm(x.astype(burst_kernels.accumulator_dtype(x.dtype)))
+
+
+def heads_ready(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     *,
     sharding: SequenceSharding,
-    mask: Mask,
     positions: Int[Array, "..."] | None,
     rope_theta: float | None,
-    plan: Plan | None,
-    implementation: str | None,
-) -> Float[Array, "B T N H"]:
-    """Rotary embedding and attention of projected heads, in the dtype of v.
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Projected heads with the rotary embedding, in the dtype of v, laid out for the attention.
 
     q and k may be of wider dtype (they have been normalised in it) and are rounded once, here.
     """
@@ -141,14 +187,30 @@ def attend(
             at = layout_positions(sharding, T)
         else:
             at = pinned(_checks.as_rows("positions", positions, B, T), sharding)
-        dtype = burst_kernels.accumulator_dtype(v.dtype)
-        turn = _rotary.rotation(at, H, rope_theta, dtype)
-        q, k = (_rotary.rotate(x, turn) for x in (q, k))
+        turn = _rotary.rotation(at, H, rope_theta, burst_kernels.accumulator_dtype(v.dtype))
+        q, k = _rotary.rotate(q, turn), _rotary.rotate(k, turn)
     q, k, v = (pinned(x.astype(v.dtype), sharding) for x in (q, k, v))
-    return burst_attention(
+    return q, k, v
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K Hv"],
+    *,
+    sharding: SequenceSharding,
+    mask: Mask,
+    positions: Int[Array, "..."] | None,
+    plan: Plan | None,
+    implementation: str | None,
+) -> Float[Array, "B T N Hv"]:
+    """`burst_attention` without residual."""
+    out = burst_attention(
         q, k, v, sharding=sharding, mask=mask, positions=positions, plan=plan,
         implementation=implementation,
     )  # fmt: skip
+    assert not isinstance(out, tuple)
+    return out
 
 
 def layout_positions(sharding: SequenceSharding, tokens: int) -> Int[Array, "1 T"]:
@@ -182,19 +244,19 @@ def honoured_mask(
         ValueError: it cannot: a dense mask, dropout, sown weights or a precision.
     """
     if isinstance(mask, Mask):
-        own = own & mask
+        own = both(own, mask)
     elif mask is not None:
         raise ValueError(
-            f"mask is a dense array of shape {tuple(mask.shape)}, quadratic in the sequence and not "
-            "taken (a module that decodes with a cache makes one too): say what it masks with "
-            "attention_fn(sharding, mask=Mask.causal()) or mask=Mask.segments(ids) in the call, "
-            "and decode with Flax's own attention."
+            f"mask is a dense array of shape {tuple(mask.shape)}, quadratic in the sequence and "
+            "not taken (decoding with a cache makes one too): say what it masks with "
+            "attention_fn(sharding, mask=Mask.causal()), or with mask=Mask.segments(ids) in the "
+            "call, and decode with Flax's own attention."
         )
     if dropout_rate > 0 and not deterministic:
         raise ValueError(
-            f"dropout_rate={dropout_rate} on attention weights cannot be honoured, because they are "
-            "never stored: use dropout_rate=0 or deterministic=True, and drop out what the module "
-            "returns instead."
+            f"dropout_rate={dropout_rate} on attention weights cannot be honoured, because they "
+            "are never stored: use dropout_rate=0 or deterministic=True, and drop out what the "
+            "module returns instead."
         )
     if sows:
         raise ValueError(
@@ -203,7 +265,8 @@ def honoured_mask(
         )
     if precision not in (None, "default", jax.lax.Precision.DEFAULT):
         raise ValueError(
-            f"precision={precision!r} cannot be honoured by every tile: leave precision=None in the "
-            "module, and set it around the call with jax.default_matmul_precision(...)."
+            f"precision={precision!r} cannot be honoured by every tile: leave precision=None in "
+            "the module, and set it for the projections and the xla tile with "
+            "jax.default_matmul_precision(...) around the call."
         )
     return own & Mask.causal() if is_causal else own

@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864) from the positions of tokens, in whatever order they lie.
+"""Rotary position embedding (arXiv 2104.09864) of tokens that lie in any order, by position.
 
 Two differences from the usual code, in accuracy only: everything is computed in the accumulators'
 dtype (float32 at least) whatever the dtype of the heads; and the angle is put together from a

@@ -10,9 +10,7 @@ from flax.linen.dtypes import promote_dtype
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, DTypeLike, Float, Int
 
-import burst_kernels
 from burst_jax import _flax
-from burst_jax._attention import burst_attention
 from burst_jax._masks import Mask
 from burst_jax._plan import Plan
 from burst_jax._sharding import SequenceSharding
@@ -97,32 +95,44 @@ class BurstAttention(linen.Module):
         k = self._projection("key", (B, T, K, H))(x)
         v = self._projection("value", (B, T, K, H))(x)
         if self.qk_norm:
-            q, k = self._norm("query_norm", q), self._norm("key_norm", k)
-        out = _flax.attend(
-            q, k, v, sharding=self.sharding, mask=own if mask is None else own & mask,
-            positions=positions, rope_theta=self.rope_theta, plan=self.plan,
+            norms = (
+                linen.RMSNorm(param_dtype=self.param_dtype, name=name)
+                for name in ("query_norm", "key_norm")
+            )
+            q, k = (_flax.normed(norm, x) for norm, x in zip(norms, (q, k), strict=True))
+        out = _flax.attention(
+            *_flax.heads_ready(
+                q, k, v, sharding=self.sharding, positions=positions, rope_theta=self.rope_theta
+            ),
+            sharding=self.sharding,
+            mask=_flax.both(own, mask),
+            positions=positions,
+            plan=self.plan,
             implementation=self.implementation,
-        )  # fmt: skip
+        )
         return self._projection("out", (B, T, D))(out)
 
     def _projection(self, name: str, shape: tuple[int, ...]) -> linen.DenseGeneral:
         """To an output of this shape, laid out as the sharding says."""
+        sums_heads = name == "out"
+        gathered = functools.partial(_flax.gathered, sharding=self.sharding, sums_heads=sums_heads)
+
+        def promote(
+            *args: Array | None, dtype: DTypeLike | None = None, inexact: bool = True
+        ) -> list[Array | None]:
+            """As Flax does, the parameters gathered on the way."""
+            x, kernel, bias = promote_dtype(*args, dtype=dtype, inexact=inexact)
+            assert kernel is not None
+            return [x, *gathered(kernel, bias)]
+
         dot_general = functools.partial(
-            jax.lax.dot_general, out_sharding=_flax.projected_sharding(shape, self.sharding)
+            jax.lax.dot_general, out_sharding=_flax.laid_out(shape, self.sharding)
         )
         return linen.DenseGeneral(
-            shape[2:], axis=(-2, -1) if name == "out" else -1, use_bias=self.use_bias,
+            shape[2:], axis=(-2, -1) if sums_heads else -1, use_bias=self.use_bias,
             dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=self.kernel_init,
-            bias_init=self.bias_init, dot_general=dot_general, name=name,
+            bias_init=self.bias_init, promote_dtype=promote, dot_general=dot_general, name=name,
         )  # fmt: skip
-
-    def _norm(self, name: str, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
-        """RMSNorm in the accumulators' dtype, in which q and k stay until they are rotated."""
-        wide = burst_kernels.accumulator_dtype(x.dtype)
-        norm = linen.RMSNorm(dtype=wide, param_dtype=self.param_dtype, name=name)
-        # Flax multiplies the float32 statistics by a scale of param_dtype without casting it.
-        with jax.numpy_dtype_promotion("standard"):
-            return norm(x.astype(wide))
 
 
 def attention_fn(
@@ -179,9 +189,9 @@ def attention_fn(
                 "attention weights are never stored: leave both classes None in the module."
             )
         query, key, value = promote_dtype(query, key, value, dtype=dtype)
-        return burst_attention(
-            query, key, value, sharding=sharding, mask=seen, plan=plan,
-            implementation=implementation,
+        return _flax.attention(
+            query, key, value, sharding=sharding, mask=seen, positions=None,
+            plan=plan, implementation=implementation,
         )  # fmt: skip
 
     return _attend

@@ -1,6 +1,9 @@
 """Sequence-sharded attention for `flax.nnx`: a module, and a function for Flax's own module."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +12,16 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, DTypeLike, Float, Int
 
-import burst_kernels
 from burst_jax import _flax
-from burst_jax._attention import burst_attention
 from burst_jax._masks import Mask
 from burst_jax._plan import Plan
 from burst_jax._sharding import SequenceSharding
+
+# Flax's own defaults.
+_KERNEL_INIT = nnx.initializers.lecun_normal()
+_BIAS_INIT = nnx.initializers.zeros_init()
+
+Arrays = TypeVar("Arrays", bound=tuple)
 
 
 class BurstAttention(nnx.Module):
@@ -66,8 +73,8 @@ class BurstAttention(nnx.Module):
         use_bias: bool = False,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        kernel_init: Initializer = nnx.initializers.lecun_normal(),
-        bias_init: Initializer = nnx.initializers.zeros_init(),
+        kernel_init: Initializer = _KERNEL_INIT,
+        bias_init: Initializer = _BIAS_INIT,
         plan: Plan | None = None,
         implementation: str | None = None,
         rngs: nnx.Rngs,
@@ -84,23 +91,19 @@ class BurstAttention(nnx.Module):
         self.plan = plan
         self.implementation = implementation
 
-        def projection(features_in, features_out, axis) -> nnx.LinearGeneral:
-            return nnx.LinearGeneral(
-                features_in, features_out, axis=axis, use_bias=use_bias, dtype=dtype,
-                param_dtype=param_dtype, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs,
-            )  # fmt: skip
-
-        self.query = projection(in_features, (num_heads, H), -1)
-        self.key = projection(in_features, (K, H), -1)
-        self.value = projection(in_features, (K, H), -1)
-        self.out = projection((num_heads, H), in_features, (-2, -1))
-
-        def norm() -> nnx.RMSNorm | None:
-            if not qk_norm:
-                return None
-            return nnx.RMSNorm(H, param_dtype=param_dtype, promote_dtype=_widened, rngs=rngs)
-
-        self.query_norm, self.key_norm = nnx.data(norm()), nnx.data(norm())
+        projection = functools.partial(
+            nnx.LinearGeneral, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype,
+            kernel_init=kernel_init, bias_init=bias_init, rngs=rngs,
+        )  # fmt: skip
+        to_heads, of_heads = (_Promotion(sharding, sums_heads=sums) for sums in (False, True))
+        self.query = projection(in_features, (num_heads, H), promote_dtype=to_heads)
+        self.key = projection(in_features, (K, H), promote_dtype=to_heads)
+        self.value = projection(in_features, (K, H), promote_dtype=to_heads)
+        self.out = projection((num_heads, H), in_features, axis=(-2, -1), promote_dtype=of_heads)
+        self.query_norm, self.key_norm = (
+            nnx.data(nnx.RMSNorm(H, param_dtype=param_dtype, rngs=rngs) if qk_norm else None)
+            for _ in range(2)
+        )
 
     def __call__(
         self,
@@ -127,27 +130,41 @@ class BurstAttention(nnx.Module):
         _flax.check_input(x, self.in_features)
         q, k, v = (self._heads(project, x) for project in (self.query, self.key, self.value))
         if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        out = _flax.attend(
-            q, k, v, sharding=self.sharding, mask=self.mask if mask is None else self.mask & mask,
-            positions=positions, rope_theta=self.rope_theta, plan=self.plan,
+            q, k = _flax.normed(self.query_norm, q), _flax.normed(self.key_norm, k)
+        out = _flax.attention(
+            *_flax.heads_ready(
+                q, k, v, sharding=self.sharding, positions=positions, rope_theta=self.rope_theta
+            ),
+            sharding=self.sharding,
+            mask=_flax.both(self.mask, mask),
+            positions=positions,
+            plan=self.plan,
             implementation=self.implementation,
-        )  # fmt: skip
-        return self.out(out, out_sharding=_flax.projected_sharding(x.shape, self.sharding))
+        )
+        return self.out(out, out_sharding=_flax.laid_out(x.shape, self.sharding))
 
     def _heads(
         self, project: nnx.LinearGeneral, x: Float[Array, "B T D"]
     ) -> Float[Array, "B T N H"]:
         shape = (*x.shape[:2], *project.out_features)
-        return project(x, out_sharding=_flax.projected_sharding(shape, self.sharding))
+        return project(x, out_sharding=_flax.laid_out(shape, self.sharding))
 
 
-def _widened(
-    args: tuple[Array, Array], /, *, dtype: DTypeLike | None = None
-) -> tuple[Array, Array]:
-    """How the norms promote: to the accumulators' dtype, in which q and k stay until rotated."""
-    wide = burst_kernels.accumulator_dtype(args[0].dtype if dtype is None else dtype)
-    return args[0].astype(wide), args[1].astype(wide)
+@dataclasses.dataclass(frozen=True)  # two modules alike have to compare equal: nnx asks
+class _Promotion:
+    """How a projection promotes dtypes: as Flax does, its parameters gathered on the way."""
+
+    sharding: SequenceSharding
+    sums_heads: bool
+
+    def __call__(
+        self, args: Arrays, /, *, dtype: DTypeLike | None = None, inexact: bool = True
+    ) -> Arrays:
+        x, kernel, bias = promote_dtype(args, dtype=dtype, inexact=inexact)
+        parameters = _flax.gathered(
+            kernel, bias, sharding=self.sharding, sums_heads=self.sums_heads
+        )
+        return (x, *parameters)  # pyright: ignore[reportReturnType]
 
 
 def attention_fn(
@@ -197,7 +214,7 @@ def attention_fn(
             deterministic=deterministic, sows=module is not None, precision=precision,
         )  # fmt: skip
         query, key, value = promote_dtype((query, key, value), dtype=dtype)
-        return burst_attention(
+        return _flax.attention(
             query, key, value, sharding=sharding, mask=seen, positions=input_positions, plan=plan,
             implementation=implementation,
         )  # fmt: skip
