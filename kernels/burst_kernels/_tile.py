@@ -11,8 +11,9 @@ Contract of a backend (`tile_forward`, `tile_backward` of each `burst_kernels` b
     tile_forward(q, k, v, tile, config)                   -> out, lse
     tile_backward(q, k, v, do, lse, delta, tile, config)  -> dq, dk, dv
 
-q: [B, t, N, H]; k: [B, s, K, H]; v: [B, s, K, Hv]; do: [B, t, N, Hv]. N is a multiple of K; query
-head n reads kv head n // (N // K). lse, delta: [B, t, N]. out, lse, dq, dk, dv have the accumulator
+q: [B, N, t, H]; k: [B, K, s, H]; v: [B, K, s, Hv]; do: [B, N, t, Hv]: heads before tokens, so that
+no tile has to transpose. N is a multiple of K; query head n reads kv head n // (N // K). lse,
+delta: [B, N, t]. out, lse, dq, dk, dv have the accumulator
 dtype (`accumulator_dtype`): partial results are never rounded before they are merged. lse is the
 natural logarithm. A query that sees no key has out = 0, lse = -inf, and takes part in no gradient.
 A backend that cannot do a tile raises `NotImplementedError` with the reason.

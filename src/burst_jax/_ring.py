@@ -30,7 +30,7 @@ import burst_kernels
 from burst_jax import _wire
 from burst_jax._partial import Partial, merge
 from burst_jax._schedule import Schedule, Side, Visit
-from burst_jax._sides import Keys, Queries, Ring, at, halves, recast, tile_mask
+from burst_jax._sides import Keys, Queries, Ring, at, halves, recast, tile_mask, turned
 
 
 class Found(NamedTuple):
@@ -54,7 +54,10 @@ class Residuals(NamedTuple):
 def ring_attention(
     queries: Queries, keys: Keys, sinks: Float[Array, "N"] | None, ring: Ring
 ) -> Partial:
-    """Attention of this device's queries to the keys of all devices; lse is differentiable too."""
+    """Attention of this device's queries to the keys of all devices; lse is differentiable too.
+
+    Arrays come and go with tokens before heads, [B, t, N, H]; inside, heads come first.
+    """
     return ring_attention_fwd(queries, keys, sinks, ring)[0]
 
 
@@ -65,14 +68,15 @@ def ring_attention_fwd(
     forward = burst_kernels.BACKENDS[ring.implementation].forward
 
     def tile(queries: Queries, keys: Keys) -> Found:
-        return Found(Partial(*forward(queries.q, keys.k, keys.v, tile_mask(queries, keys, ring))), None)
+        mask = tile_mask(queries, keys, ring)
+        return Found(Partial(*forward(queries.q, keys.k, keys.v, mask)), None)
 
-    seen = circulate(queries, keys, tile, ring=ring, travels=ring.plan.forward).of_queries
+    seen, _ = circulate(turned(queries), turned(keys), tile, ring=ring, travels=ring.plan.forward)
     if sinks is not None:
-        sink = jnp.broadcast_to(sinks.astype(seen.lse.dtype)[None, None], seen.lse.shape)
+        sink = jnp.broadcast_to(sinks.astype(seen.lse.dtype)[None, :, None], seen.lse.shape)
         seen = merge(seen, Partial(jnp.zeros_like(seen.out), sink))
-    out = checkpoint_name(seen.out.astype(queries.q.dtype), "burst_out")
-    lse = checkpoint_name(seen.lse, "burst_lse")
+    out = checkpoint_name(seen.out.astype(queries.q.dtype).swapaxes(1, 2), "burst_out")
+    lse = checkpoint_name(seen.lse.swapaxes(1, 2), "burst_lse")
     return Partial(out, lse), Residuals(queries, keys, sinks, out, lse)
 
 
@@ -91,16 +95,17 @@ def ring_attention_bwd(ring: Ring, kept: Residuals, cotangents: Partial) -> tupl
         dq, dk, dv = backward(q, keys.k, keys.v, do, lse, delta, mask)
         return Found((dq,), (dk, dv))
 
-    queries = queries._replace(do=do, lse=lse, delta=delta)
-    (dq,), (dk, dv) = circulate(queries, keys, tile, ring=ring, travels=ring.plan.backward)
+    sides = turned(queries._replace(do=do, lse=lse, delta=delta)), turned(keys)
+    found = circulate(*sides, tile, ring=ring, travels=ring.plan.backward)
+    dq, dk, dv = (
+        x.astype(queries.q.dtype).swapaxes(1, 2) for x in (*found.of_queries, *found.of_keys)
+    )
     dsinks = None
     if sinks is not None:
         # The sink's probability is exp(sink - lse); its value is zero, so its ds is -p delta.
         p = jnp.exp(sinks.astype(lse.dtype)[None, None] - lse)
         dsinks = -(p * delta).sum((0, 1)).astype(sinks.dtype)
-    dqueries = Queries(dq.astype(queries.q.dtype))
-    dkeys = Keys(dk.astype(keys.k.dtype), dv.astype(keys.v.dtype))
-    return dqueries, dkeys, dsinks
+    return Queries(dq), Keys(dk, dv), dsinks
 
 
 ring_attention.defvjp(ring_attention_fwd, ring_attention_bwd)
@@ -187,7 +192,7 @@ def _join(first: Found, second: Found | None) -> Found:
     if second is None:
         return first
     rows = jax.tree.map(
-        lambda a, b: jnp.concatenate((a, b), axis=1), first.of_queries, second.of_queries
+        lambda a, b: jnp.concatenate((a, b), axis=2), first.of_queries, second.of_queries
     )
     return Found(rows, _fold(first.of_keys, second.of_keys))
 

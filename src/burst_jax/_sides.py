@@ -57,10 +57,10 @@ class Ring:
 class Queries(NamedTuple):
     """The query side of a tile; do, lse and delta only in the backward, the rest if it matters."""
 
-    q: Float[Array, "B t N H"]
-    do: Float[Array, "B t N Hv"] | None = None
-    lse: Float[Array, "B t N"] | None = None
-    delta: Float[Array, "B t N"] | None = None
+    q: Float[Array, "B N t H"]
+    do: Float[Array, "B N t Hv"] | None = None
+    lse: Float[Array, "B N t"] | None = None
+    delta: Float[Array, "B N t"] | None = None
     positions: Int[Array, "_b t"] | None = None
     segments: Int[Array, "C _b t"] | None = None
 
@@ -68,20 +68,20 @@ class Queries(NamedTuple):
 class Keys(NamedTuple):
     """The key side of a tile."""
 
-    k: Float[Array, "B s K H"]
-    v: Float[Array, "B s K Hv"]
+    k: Float[Array, "B K s H"]
+    v: Float[Array, "B K s Hv"]
     positions: Int[Array, "_b s"] | None = None
     segments: Int[Array, "C _b s"] | None = None
 
 
 def halves(queries: Queries) -> tuple[Queries, Queries | None]:
     """The query rows in two halves; a single row stays whole."""
-    t = queries.q.shape[1]
+    t = queries.q.shape[2]
     if t < 2:
         return queries, None
 
     def rows(start: int, stop: int) -> Queries:
-        axes = Queries(1, 1, 1, 1, 1, 2)
+        axes = Queries(2, 2, 2, 2, 1, 2)
         return Queries(
             *(
                 None if x is None else jax.lax.slice_in_dim(x, start, stop, axis=axis)
@@ -93,6 +93,12 @@ def halves(queries: Queries) -> tuple[Queries, Queries | None]:
 
 
 AnySide = TypeVar("AnySide", Queries, Keys)
+
+
+def turned(side: AnySide) -> AnySide:
+    """Tokens before heads to heads before tokens, or back: once a call, not once a hop."""
+    names = [n for n in ("q", "do", "lse", "delta", "k", "v") if getattr(side, n, None) is not None]
+    return side._replace(**{name: getattr(side, name).swapaxes(1, 2) for name in names})
 
 
 def at(shard: Int[Array, ""] | int, side: AnySide, tokens: ShardTokens, ring: Ring) -> AnySide:

@@ -13,89 +13,95 @@ from jaxtyping import Array, Float, Int
 
 from burst_kernels._config import TileConfig
 from burst_kernels._tile import FULL, PARTIAL, Tile, accumulator_dtype
-from burst_kernels.xla._blocks import (
-    MaskBlocks,
-    choose,
-    for_each,
-    from_key_blocks,
-    from_query_blocks,
-    key_blocks,
-    query_blocks,
-)
+from burst_kernels.xla._blocks import Blocks, MaskBlocks, choose, for_each, fori
 from burst_kernels.xla._scores import cap_slope, capped, matmul, operand_dtype
 
 
 def tile_backward(
-    q: Float[Array, "B t N H"],
-    k: Float[Array, "B s K H"],
-    v: Float[Array, "B s K Hv"],
-    do: Float[Array, "B t N Hv"],
-    lse: Float[Array, "B t N"],
-    delta: Float[Array, "B t N"],
+    q: Float[Array, "B N t H"],
+    k: Float[Array, "B K s H"],
+    v: Float[Array, "B K s Hv"],
+    do: Float[Array, "B N t Hv"],
+    lse: Float[Array, "B N t"],
+    delta: Float[Array, "B N t"],
     tile: Tile,
     config: TileConfig | None = None,
-) -> tuple[Float[Array, "B t N H"], Float[Array, "B s K H"], Float[Array, "B s K Hv"]]:
+) -> tuple[Float[Array, "B N t H"], Float[Array, "B K s H"], Float[Array, "B K s Hv"]]:
     """Gradients of one tile, given the whole row's lse and delta. See the tile contract.
 
     ``p = exp(scores - lse); dv = p^T do; ds = p (do v^T - delta); dq = scale ds k;
     dk = scale ds^T q``
     """
     b = choose(q, k, tile, config)
-    dtype = accumulator_dtype(q.dtype)
     mask = MaskBlocks.of(tile, b, like=q)
     # exp(scores - inf) = 0: a row that sees nothing takes part in no gradient, and no NaN arises.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)
-    qs, dos = query_blocks(q, b), query_blocks(do, b)
-    lses, deltas = (query_blocks(x[..., None], b)[..., 0] for x in (lse, delta))
+    sides = tuple(b.rows(x) for x in (q, do, lse, delta))
+    ks, vs = b.columns(k), b.columns(v)
+    dtype = accumulator_dtype(q.dtype)
 
-    def block(dq, x):
-        at, k_block, v_block = x
-        group, j = at // b.num_kv, at % b.num_kv
+    def block(n: Int[Array, ""], found):
+        dq, dk, dv = found
+        group, j = n // b.num_kv, n % b.num_kv
+        k_block, v_block = b.take_columns(ks, group, j), b.take_columns(vs, group, j)
         k_columns = k_block.swapaxes(1, 2)
-        zeros = [jnp.zeros_like(x, dtype=dtype) for x in (k_block, v_block)]
 
-        def visit(carry, i: Int[Array, ""], masked: bool):
+        def visit(i: Int[Array, ""], carry, masked: bool):
             dq, dk, dv = carry
-            row = group * b.num_q + i
-            q, do, lse, delta = (
-                jax.lax.dynamic_index_in_dim(x, row, keepdims=False)
-                for x in (qs, dos, lses, deltas)
-            )
+            side = (b.take_rows(x, group, i) for x in sides)
             seen = None
             if masked:
                 seen = jnp.tile(mask.visible(group, i, j).T, (1, b.heads_per_kv))[None]
-            dq_part, dk_part, dv_part = _gradients(
-                q, k_block, k_columns, v_block, do, lse, delta, seen, tile
-            )
-            old = jax.lax.dynamic_index_in_dim(dq, row, keepdims=False)
-            dq = jax.lax.dynamic_update_index_in_dim(dq, old + dq_part, row, 0)
-            return dq, dk + dk_part, dv + dv_part
+            dq_part, dk_part, dv_part = _gradients(*side, k_block, k_columns, v_block, seen, tile)
+            return _add_columns(dq, dq_part, group, i, b), dk + dk_part, dv + dv_part
 
-        carry = (dq, *zeros)
+        carry = (dq, *(jnp.zeros_like(x, dtype=dtype) for x in (k_block, v_block)))
         if mask is None:
-            carry = jax.lax.fori_loop(0, b.num_q, lambda i, c: visit(c, i, False), carry)
+            carry = fori(b.num_q, lambda i, c: visit(i, c, False), carry)
         else:
             classes = mask.classes_of_keys(group, j)
-            carry = for_each(classes == FULL, lambda i, c: visit(c, i, False), carry)
-            carry = for_each(classes == PARTIAL, lambda i, c: visit(c, i, True), carry)
-        dq, dk, dv = carry
-        return dq, (dk * tile.scale, dv)
+            carry = for_each(classes == FULL, lambda i, c: visit(i, c, False), carry)
+            carry = for_each(classes == PARTIAL, lambda i, c: visit(i, c, True), carry)
+        dq, dk_block, dv_block = carry
+        dk = b.put_columns(dk, dk_block * tile.scale, group, j)
+        return dq, dk, b.put_columns(dv, dv_block, group, j)
 
-    indices = jax.lax.broadcasted_iota(jnp.int32, (b.groups * b.num_kv,), 0)
-    dq = jnp.zeros_like(qs, dtype=dtype, shape=(*qs.shape[:2], qs.shape[3], qs.shape[2]))
-    dq, (dk, dv) = jax.lax.scan(block, dq, (indices, key_blocks(k, b), key_blocks(v, b)))
-    dq = dq.swapaxes(2, 3)
-    return from_query_blocks(dq, b) * tile.scale, from_key_blocks(dk, b), from_key_blocks(dv, b)
+    rows = sides[0]
+    empty = (
+        jnp.zeros_like(rows, dtype=dtype, shape=(*rows.shape[:3], rows.shape[4], rows.shape[3])),
+        jnp.zeros_like(ks, dtype=dtype),
+        jnp.zeros_like(vs, dtype=dtype),
+    )
+    dq, dk, dv = fori(b.groups * b.num_kv, block, empty)
+    return b.unrow(dq.swapaxes(3, 4)) * tile.scale, dk[:, :, : b.s], dv[:, :, : b.s]
+
+
+def _add_columns(
+    dq: Float[Array, "B K G H t_"],
+    part: Float[Array, "h H r"],
+    group: Int[Array, ""],
+    i: Int[Array, ""],
+    b: Blocks,
+) -> Float[Array, "B K G H t_"]:
+    """Adds to the transposed dq of query block i."""
+    H = dq.shape[3]
+    part = part.reshape(b.batch_step, b.kv_heads_step, H, b.heads_per_kv, b.block_q)
+    part = part.swapaxes(2, 3)
+    batch, head = b.corner(group)
+    zero = jnp.zeros_like(group)
+    start = (batch, head, zero, zero, i * b.block_q)
+    old = jax.lax.dynamic_slice(dq, start, part.shape)
+    return jax.lax.dynamic_update_slice(dq, old + part, start)
 
 
 def _gradients(
     q: Float[Array, "h r H"],
-    k: Float[Array, "h c H"],
-    k_columns: Float[Array, "h H c"],
-    v: Float[Array, "h c Hv"],
     do: Float[Array, "h r Hv"],
     lse: Float[Array, "h r"],
     delta: Float[Array, "h r"],
+    k: Float[Array, "h c H"],
+    k_columns: Float[Array, "h H c"],
+    v: Float[Array, "h c Hv"],
     seen: Array | None,
     tile: Tile,
 ) -> tuple[Float[Array, "h H r"], Float[Array, "h c H"], Float[Array, "h c Hv"]]:

@@ -13,15 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from burst_kernels._config import TileConfig
 from burst_kernels._tile import FULL, PARTIAL, Tile, accumulator_dtype
-from burst_kernels.xla._blocks import (
-    Blocks,
-    MaskBlocks,
-    choose,
-    for_each,
-    from_query_blocks,
-    key_blocks,
-    query_blocks,
-)
+from burst_kernels.xla._blocks import Blocks, MaskBlocks, choose, for_each, fori
 from burst_kernels.xla._scores import capped, matmul, operand_dtype
 
 
@@ -34,32 +26,37 @@ class Running(NamedTuple):
 
 
 def tile_forward(
-    q: Float[Array, "B t N H"],
-    k: Float[Array, "B s K H"],
-    v: Float[Array, "B s K Hv"],
+    q: Float[Array, "B N t H"],
+    k: Float[Array, "B K s H"],
+    v: Float[Array, "B K s Hv"],
     tile: Tile,
     config: TileConfig | None = None,
-) -> tuple[Float[Array, "B t N Hv"], Float[Array, "B t N"]]:
+) -> tuple[Float[Array, "B N t Hv"], Float[Array, "B N t"]]:
     """Attention of t queries to s keys. See the tile contract in `burst_kernels._tile`."""
     b = choose(q, k, tile, config)
     mask = MaskBlocks.of(tile, b, like=q)
-    ks, vs = key_blocks(k, b), key_blocks(v, b)
+    rows, ks, vs = b.rows(q), b.columns(k), b.columns(v)
+    dtype = accumulator_dtype(q.dtype)
 
-    def block(_, x):
-        i, q_block = x
-        group = i // b.num_q
-        running = _attend(q_block, ks, vs, group, i % b.num_q, mask, b, tile)
-        return None, _normalize(running)
+    def block(n: Int[Array, ""], found):
+        out, lse = found
+        group, i = n // b.num_q, n % b.num_q
+        running = _attend(b.take_rows(rows, group, i), ks, vs, group, i, mask, b, tile)
+        block_out, block_lse = _normalize(running)
+        return b.put_rows(out, block_out, group, i), b.put_rows(lse, block_lse, group, i)
 
-    indices = jax.lax.broadcasted_iota(jnp.int32, (b.groups * b.num_q,), 0)
-    _, (out, lse) = jax.lax.scan(block, None, (indices, query_blocks(q, b)))
-    return from_query_blocks(out, b), from_query_blocks(lse[..., None], b)[..., 0]
+    empty = (
+        jnp.zeros_like(rows, dtype=dtype, shape=(*rows.shape[:-1], v.shape[-1])),
+        jnp.zeros_like(rows, dtype=dtype, shape=rows.shape[:-1]),
+    )
+    out, lse = fori(b.groups * b.num_q, block, empty)
+    return b.unrow(out), b.unrow(lse)
 
 
 def _attend(
     q: Float[Array, "h r H"],
-    ks: Float[Array, "gk h c H"],
-    vs: Float[Array, "gk h c Hv"],
+    ks: Float[Array, "B K s_ H"],
+    vs: Float[Array, "B K s_ Hv"],
     group: Int[Array, ""],
     i: Int[Array, ""],
     mask: MaskBlocks | None,
@@ -75,8 +72,7 @@ def _attend(
     )
 
     def visit(running: Running, j: Int[Array, ""], masked: bool) -> Running:
-        at = group * b.num_kv + j
-        k, v = (jax.lax.dynamic_index_in_dim(x, at, keepdims=False) for x in (ks, vs))
+        k, v = b.take_columns(ks, group, j), b.take_columns(vs, group, j)
         scores = capped(matmul(q, k, (2, 2), dtype), tile)
         if masked:
             seen = jnp.tile(mask.visible(group, i, j), (b.heads_per_kv, 1))[None]
@@ -84,7 +80,7 @@ def _attend(
         return _update(running, scores, v)
 
     if mask is None:
-        return jax.lax.fori_loop(0, b.num_kv, lambda j, r: visit(r, j, False), start)
+        return fori(b.num_kv, lambda j, r: visit(r, j, False), start)
     classes = mask.classes_of_queries(group, i)
     running = for_each(classes == FULL, lambda j, r: visit(r, j, False), start)
     return for_each(classes == PARTIAL, lambda j, r: visit(r, j, True), running)
