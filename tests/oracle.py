@@ -4,16 +4,18 @@ Two oracles: `truth` is `burst_jax.reference.attention` with JAX's own derivativ
 written out in NumPy with the derivatives by hand, and knows nothing of either package.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import random
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 from jax.sharding import AxisType
 
@@ -44,6 +46,17 @@ class Results(NamedTuple):
     dk: np.ndarray
     dv: np.ndarray
     dsinks: np.ndarray | None
+
+
+@contextlib.contextmanager
+def as_users_run_it() -> Iterator[None]:
+    """Without the shape checker, which users do not have: it would speak before our errors do."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def generator(name: str) -> np.random.Generator:
@@ -153,41 +166,72 @@ def dense(
 ) -> Results:
     """Attention and its derivatives by hand, float64; `seen` broadcasts to [B, T, S]."""
     q, k, v, do, dlse, sinks = (None if a is None else np.asarray(a, np.float64) for a in x)
-    (B, T, N, H), K = q.shape, k.shape[2]
-    scale = H**-0.5 if scale is None else scale
-    k, v = (np.repeat(a, N // K, axis=2) for a in (k, v))
-    raw = np.einsum("btnh,bsnh->bnts", q, k) * scale
-    scores = raw if logits_soft_cap is None else logits_soft_cap * np.tanh(raw / logits_soft_cap)
-    scores = np.where(np.broadcast_to(seen, (B, T, k.shape[1]))[:, None], scores, -np.inf)
+    (B, T, N, _), K = q.shape, k.shape[2]
+    scores = _scores(q, k, seen, scale, logits_soft_cap)
     sink = np.full((N,), -np.inf) if sinks is None else sinks
     sink = np.broadcast_to(sink[None, :, None, None], (B, N, T, 1))
     high = np.maximum(scores.max(-1, keepdims=True), sink)
     high = np.where(np.isneginf(high), 0.0, high)
-    p, p_sink = np.exp(scores - high), np.exp(sink - high)
-    total = p.sum(-1, keepdims=True) + p_sink
-    some = total > 0
-    total = np.where(some, total, 1.0)
-    p, p_sink = p / total, p_sink / total
-    out = np.einsum("bnts,bsnh->btnh", p, v)
+    total = np.exp(scores - high).sum(-1, keepdims=True) + np.exp(sink - high)
     with np.errstate(divide="ignore"):
-        lse = np.where(some, high + np.log(total), -np.inf)[..., 0].transpose(0, 2, 1)
-    delta = (do * out).sum(-1) - dlse
-    delta = np.where(some[..., 0].transpose(0, 2, 1), delta, 0.0)
+        lse = (high + np.log(total))[..., 0].transpose(0, 2, 1)
+    p = _probabilities(scores, lse)
+    out = np.einsum("bnts,bsnh->btnh", p, np.repeat(v, N // K, axis=2))
+    delta = np.where(np.isneginf(lse), 0.0, (do * out).sum(-1) - dlse)
+    dq, dk, dv = dense_tile_gradients(
+        q, k, v, do, lse, delta, seen, scale=scale, logits_soft_cap=logits_soft_cap
+    )
+    dsinks = None if sinks is None else -(np.exp(sinks - lse) * delta).sum((0, 1))
+    return Results(out, lse, dq, dk, dv, dsinks)
+
+
+def dense_tile_gradients(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    do: np.ndarray,
+    lse: np.ndarray,
+    delta: np.ndarray,
+    seen: np.ndarray,
+    *,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """dq, dk and dv that some keys cause, in rows whose lse and delta are of more keys."""
+    (N, H), K = q.shape[2:], k.shape[2]
+    scores = _scores(q, k, seen, scale, logits_soft_cap)
+    p = _probabilities(scores, lse)
+    k, v = (np.repeat(a, N // K, axis=2) for a in (k, v))
     ds = p * (np.einsum("btnh,bsnh->bnts", do, v) - delta.transpose(0, 2, 1)[..., None])
     if logits_soft_cap is not None:
-        ds *= 1 - np.tanh(raw / logits_soft_cap) ** 2
+        ds *= 1 - (np.where(np.isneginf(scores), 0.0, scores) / logits_soft_cap) ** 2
+    scale = H**-0.5 if scale is None else scale
 
-    def to_kv_heads(a: np.ndarray) -> np.ndarray:
+    def of_kv_heads(a: np.ndarray) -> np.ndarray:
         return a.reshape(*a.shape[:2], K, N // K, a.shape[3]).sum(3)
 
-    return Results(
-        out=out,
-        lse=lse,
-        dq=np.einsum("bnts,bsnh->btnh", ds, k) * scale,
-        dk=to_kv_heads(np.einsum("bnts,btnh->bsnh", ds, q) * scale),
-        dv=to_kv_heads(np.einsum("bnts,btnh->bsnh", p, do)),
-        dsinks=None if sinks is None else -(p_sink[..., 0].transpose(0, 2, 1) * delta).sum((0, 1)),
+    return (
+        np.einsum("bnts,bsnh->btnh", ds, k) * scale,
+        of_kv_heads(np.einsum("bnts,btnh->bsnh", ds, q) * scale),
+        of_kv_heads(np.einsum("bnts,btnh->bsnh", p, do)),
     )
+
+
+def _scores(
+    q: np.ndarray, k: np.ndarray, seen: np.ndarray, scale: float | None, cap: float | None
+) -> np.ndarray:
+    """[B, N, T, S]; -inf where a pair does not count."""
+    (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+    scores = np.einsum("btnh,bsnh->bnts", q, np.repeat(k, N // K, axis=2))
+    scores = scores * (H**-0.5 if scale is None else scale)
+    scores = scores if cap is None else cap * np.tanh(scores / cap)
+    return np.where(np.broadcast_to(seen, (B, T, S))[:, None], scores, -np.inf)
+
+
+def _probabilities(scores: np.ndarray, lse: np.ndarray) -> np.ndarray:
+    """[B, N, T, S]; zero in rows that see nothing."""
+    lse = np.where(np.isneginf(lse), np.inf, lse).transpose(0, 2, 1)
+    return np.exp(scores - lse[..., None])
 
 
 def error(got: np.ndarray, want: np.ndarray) -> float:
