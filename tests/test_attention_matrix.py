@@ -1,4 +1,4 @@
-"""burst_attention against the float64 oracle: outputs, lse, and all gradients, over all its settings.
+"""burst_attention against the float64 oracle: outputs, lse, all gradients, over all settings.
 
 The settings are too many for their product, so the fast cases are a covering array: every pair of
 values of any two settings occurs in some case. Marked slow: every triple.
@@ -112,11 +112,11 @@ def check(case: Case) -> None:
     plan = bj.Plan(forward=case.forward, backward=case.backward, one_message=case.one_message)
 
     def arguments(lay: oracle.Lay) -> dict[str, Any]:
-        return dict(
-            mask=oracle.MASKS[case.mask](lay, B, T, S),
-            positions=positions(case.positions, lay, B, T, S),
-            logits_soft_cap=cap,
-        )
+        return {
+            "mask": oracle.MASKS[case.mask](lay, B, T, S),
+            "positions": positions(case.positions, lay, B, T, S),
+            "logits_soft_cap": cap,
+        }
 
     got = oracle.sharded(x, where, plan=plan, **arguments(where.place))
     want = oracle.truth(x, **arguments(jnp.asarray))
