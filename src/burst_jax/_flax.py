@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -231,7 +232,7 @@ def layout_positions(sharding: SequenceSharding, tokens: int) -> Int[Array, "1 T
 def honoured_mask(
     own: Mask,
     *,
-    mask: Array | Mask | None,
+    mask: Array | np.ndarray | Mask | None,
     is_causal: bool,
     dropout_rate: float,
     deterministic: bool,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen
 from flax.linen.dtypes import promote_dtype
 from jax.nn.initializers import Initializer
@@ -167,7 +168,7 @@ def attention_fn(
         key: Float[Array, "B S K H"],
         value: Float[Array, "B S K Hv"],
         *,
-        mask: Array | Mask | None = None,
+        mask: Array | np.ndarray | Mask | None = None,
         dropout_rng: Array | None = None,
         dropout_rate: float = 0.0,
         broadcast_dropout: bool = True,
