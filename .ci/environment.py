@@ -78,7 +78,9 @@ def check_jax(jax: str) -> None:
 def create(venv: Path) -> None:
     """Makes an empty environment, over whatever unfinished one lies there."""
     if venv.exists():
-        if not (venv / "pyvenv.cfg").exists() and any(venv.iterdir()):
+        # An interrupted run of this script may have left no more than its log.
+        contents = {path.name for path in venv.iterdir()} - {"setup.log"}
+        if contents and "pyvenv.cfg" not in contents:
             sys.exit(f"{venv} is there but is no virtual environment; move it out of the way.")
         shutil.rmtree(venv)
     if subprocess.run(
