@@ -30,7 +30,7 @@ import burst_kernels
 from burst_jax import _wire
 from burst_jax._partial import Partial, merge
 from burst_jax._schedule import Schedule, Side, Visit
-from burst_jax._sides import Keys, Queries, Ring, at, halves, recast, tile_mask, turned
+from burst_jax._sides import Keys, Queries, Ring, at, halves, hide_padding, recast, tile_mask, turned
 
 
 class Found(NamedTuple):
@@ -132,19 +132,29 @@ def circulate(
     """
     schedule = ring.schedule(travels)
     me = jax.lax.axis_index(ring.axis_name) if schedule.num_shards > 1 else 0
-    own = keys if travels == "kv" else queries  # without positions: any device can compute them
+    queries, keys = hide_padding(me, queries, ring.queries), hide_padding(me, keys, ring.keys)
+    own = keys if travels == "kv" else queries  # a layout's positions are not sent but computed
     queries, keys = at(me, queries, ring.queries, ring), at(me, keys, ring.keys, ring)
     if not schedule.offsets:
         return tile(queries, keys)
+
+    def meet(shard: Int[Array, ""], traveller: Any) -> Any:
+        """What stays here and what goes home, of a tile with the traveller of device `shard`."""
+        if travels == "kv":
+            return tile(queries, at(shard, traveller, ring.keys, ring))
+        return tile(at(shard, traveller, ring.queries, ring), keys)[::-1]
+
     returns = travels == "q" or queries.do is not None
     message_moves = functools.partial(_move, ring=ring, schedule=schedule)
     result_moves = functools.partial(_move_result, ring=ring, schedule=schedule)
 
     # The (first half of the) home tile hides the first message. Tied, or the compiler may start
-    # the first visit before it, and then it hides nothing.
-    early, late = halves(queries) if returns else (queries, None)
+    # the first visit before it, and then it hides nothing. The traveller is what is cut, so that
+    # what stays is whole and the hops can add to it.
+    whole = keys if travels == "kv" else queries
+    early, late = halves(whole) if returns else (whole, None)
     message = message_moves(recast(own, ring.plan.wire_dtype), schedule.first)
-    message, home = jax.lax.optimization_barrier((message, tile(early, keys)))
+    message, (stayed, home) = jax.lax.optimization_barrier((message, meet(me, early)))
 
     # Invariant before a visit at offset o: `message` is device me - o's; `stayed` is what this
     # device's visits found so far of the side that stays; `collected` is what the traveller of the
@@ -154,14 +164,10 @@ def circulate(
         onward = None if plan.onward is None else message_moves(message, plan.onward)
         arriving = None if plan.behind is None else result_moves(collected, plan.behind)
         shard = (me - offset) % schedule.num_shards
-        here = recast(message, own[0].dtype)
-        if travels == "kv":
-            stays, goes = tile(queries, at(shard, here, ring.keys, ring))
-        else:
-            goes, stays = tile(at(shard, here, ring.queries, ring), keys)
+        stays, goes = meet(shard, recast(message, own[0].dtype))
         return _fold(stayed, stays), _fold(arriving, goes), onward
 
-    carry = (None if returns else home.of_queries, None, message)
+    carry = (stayed, None, message)
     for offsets, plan in schedule.visits(returns=returns):
         if len(offsets) == 1:
             carry = hop(carry, offsets[0], plan)
@@ -169,15 +175,17 @@ def circulate(
             steps = jnp.asarray(offsets, jnp.int32)
             carry, _ = jax.lax.scan(lambda c, o, plan=plan: (hop(c, o, plan), None), carry, steps)
     stayed, collected, _ = carry
-    if not returns:
-        return Found(stayed, None)
 
     # The second half waits for what is to be sent home, and hides that.
-    collected, late = jax.lax.optimization_barrier((collected, late))
-    returned = result_moves(collected, schedule.homeward)
-    home = _join(home, None if late is None else tile(late, keys))
-    away = Found(stayed, returned) if travels == "kv" else Found(returned, stayed)
-    return Found(*map(_fold, home, away))
+    if returns:
+        collected, late = jax.lax.optimization_barrier((collected, late))
+        returned = result_moves(collected, schedule.homeward)
+        if late is not None:
+            stays, second = meet(me, late)
+            stayed = _fold(stayed, stays)
+            home = jax.tree.map(lambda a, b: jnp.concatenate((a, b), axis=2), home, second)
+        home = _fold(home, returned)
+    return Found(stayed, home) if travels == "kv" else Found(home, stayed)
 
 
 def _fold(a: Any, b: Any) -> Any:
@@ -185,16 +193,6 @@ def _fold(a: Any, b: Any) -> Any:
     if a is None or b is None:
         return b if a is None else a
     return merge(a, b) if isinstance(a, Partial) else jax.tree.map(jnp.add, a, b)
-
-
-def _join(first: Found, second: Found | None) -> Found:
-    """Results for two halves of the query rows: rows side by side, what keys got added up."""
-    if second is None:
-        return first
-    rows = jax.tree.map(
-        lambda a, b: jnp.concatenate((a, b), axis=2), first.of_queries, second.of_queries
-    )
-    return Found(rows, _fold(first.of_keys, second.of_keys))
 
 
 def _move(message: Any, shift: int, *, ring: Ring, schedule: Schedule) -> Any:

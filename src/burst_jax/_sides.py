@@ -74,24 +74,6 @@ class Keys(NamedTuple):
     segments: Int[Array, "C _b s"] | None = None
 
 
-def halves(queries: Queries) -> tuple[Queries, Queries | None]:
-    """The query rows in two halves; a single row stays whole."""
-    t = queries.q.shape[2]
-    if t < 2:
-        return queries, None
-
-    def rows(start: int, stop: int) -> Queries:
-        axes = Queries(2, 2, 2, 2, 1, 2)
-        return Queries(
-            *(
-                None if x is None else jax.lax.slice_in_dim(x, start, stop, axis=axis)
-                for x, axis in zip(queries, axes, strict=True)
-            )
-        )
-
-    return rows(0, t // 2), rows(t // 2, t)
-
-
 AnySide = TypeVar("AnySide", Queries, Keys)
 
 
@@ -101,16 +83,35 @@ def turned(side: AnySide) -> AnySide:
     return side._replace(**{name: getattr(side, name).swapaxes(1, 2) for name in names})
 
 
+def halves(side: AnySide) -> tuple[AnySide, AnySide | None]:
+    """A side's tokens in two halves; a single token stays whole."""
+    tokens = side[0].shape[2]
+    if tokens < 2:
+        return side, None
+
+    def part(start: int, stop: int) -> AnySide:
+        cut = {
+            name: jax.lax.slice_in_dim(x, start, stop, axis=1 if name == "positions" else 2)
+            for name, x in side._asdict().items()
+            if x is not None
+        }
+        return side._replace(**cut)
+
+    return part(0, tokens // 2), part(tokens // 2, tokens)
+
+
 def at(shard: Int[Array, ""] | int, side: AnySide, tokens: ShardTokens, ring: Ring) -> AnySide:
-    """A side with the positions of the tokens that device `shard` holds."""
-    if not ring.positions_matter:
+    """A side with the positions of the tokens that device `shard` holds, unless it brings them."""
+    if side.positions is not None or not ring.positions_matter:
         return side
-    if side.positions is None:
-        return side._replace(positions=tokens.positions(shard))
-    if not tokens.padded:
+    return side._replace(positions=tokens.positions(shard))
+
+
+def hide_padding(me: Int[Array, ""] | int, side: AnySide, tokens: ShardTokens) -> AnySide:
+    """Whatever the caller's own positions say of it, the sharding's padding stays padding."""
+    if side.positions is None or not tokens.padded:
         return side
-    # Whatever the caller's positions say of it, padding stays padding.
-    return side._replace(positions=jnp.where(tokens.positions(shard) < 0, -1, side.positions))
+    return side._replace(positions=jnp.where(tokens.positions(me) < 0, -1, side.positions))
 
 
 def tile_mask(queries: Queries, keys: Keys, ring: Ring) -> burst_kernels.Tile:

@@ -20,7 +20,7 @@ def send(tree: Tree, axis_name: AxisName, to: list[tuple[int, int]], *, packed: 
     """
     leaves, structure = jax.tree.flatten(tree)
     if not packed or len(leaves) < 2:
-        return jax.lax.ppermute(tree, axis_name, to)
+        return jax.tree.map(lambda x: _send_one(x, axis_name, to), tree)
     # The widest integer that divides every leaf's element: 16 bit for a mix of bf16 and float32.
     word = jnp.dtype(f"uint{8 * min(x.dtype.itemsize for x in leaves)}")
     words = [_as_words(x, word) for x in leaves]
@@ -28,6 +28,14 @@ def send(tree: Tree, axis_name: AxisName, to: list[tuple[int, int]], *, packed: 
     ends = [sum(w.size for w in words[: i + 1]) for i in range(len(words) - 1)]
     arrived = [_from_words(w, x) for w, x in zip(jnp.split(message, ends), leaves, strict=True)]
     return jax.tree.unflatten(structure, arrived)
+
+
+def _send_one(x: Array, axis_name: AxisName, to: list[tuple[int, int]]) -> Array:
+    """One array; 16-bit floats as bit patterns, or XLA on CPU sends them as float32."""
+    if x.dtype.itemsize != 2:
+        return jax.lax.ppermute(x, axis_name, to)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint16)
+    return jax.lax.bitcast_convert_type(jax.lax.ppermute(bits, axis_name, to), x.dtype)
 
 
 def _as_words(x: Array, word: jnp.dtype) -> Array:

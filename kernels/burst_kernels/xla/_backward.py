@@ -66,11 +66,10 @@ def tile_backward(
         dk = b.put_columns(dk, dk_block * tile.scale, group, j)
         return dq, dk, b.put_columns(dv, dv_block, group, j)
 
-    rows = sides[0]
-    empty = (
-        jnp.zeros_like(rows, dtype=dtype, shape=(*rows.shape[:3], rows.shape[4], rows.shape[3])),
-        jnp.zeros_like(ks, dtype=dtype),
-        jnp.zeros_like(vs, dtype=dtype),
+    rows = sides[0].shape
+    empty = tuple(
+        jnp.zeros_like(q, dtype=dtype, shape=shape)
+        for shape in ((*rows[:3], rows[4], rows[3]), ks.shape, vs.shape)
     )
     dq, dk, dv = fori(b.groups * b.num_kv, block, empty)
     return b.unrow(dq.swapaxes(3, 4)) * tile.scale, dk[:, :, : b.s], dv[:, :, : b.s]

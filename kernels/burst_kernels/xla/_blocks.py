@@ -37,6 +37,7 @@ class Blocks:
         batch_step, kv_heads_step: how many of them a group takes.
         t, s: query and key tokens.
         block_q, block_kv: tokens of a block; the last block may reach beyond the tokens.
+        dtype: of q, k, v and do.
     """
 
     batch: int
@@ -48,6 +49,7 @@ class Blocks:
     s: int
     block_q: int
     block_kv: int
+    dtype: jnp.dtype
 
     @property
     def head_groups(self) -> int:
@@ -78,11 +80,11 @@ class Blocks:
     def rows(self, x: Float[Array, "B N t ..."]) -> Float[Array, "B K G t_ ..."]:
         """Query-side array with kv heads apart, padded to whole blocks."""
         x = x.reshape(self.batch, self.kv_heads, self.heads_per_kv, *x.shape[2:])
-        return _pad(x, 3, self.block_q)
+        return _pad(_as_bits(x), 3, self.block_q)
 
     def columns(self, x: Float[Array, "B K s H"]) -> Float[Array, "B K s_ H"]:
         """Key-side array, padded to whole blocks."""
-        return _pad(x, 2, self.block_kv)
+        return _pad(_as_bits(x), 2, self.block_kv)
 
     def take_rows(
         self, x: Float[Array, "B K G t_ ..."], group: Int[Array, ""], i: Int[Array, ""]
@@ -92,7 +94,7 @@ class Blocks:
         zero = jnp.zeros_like(group)
         start = (batch, head, zero, i * self.block_q, *[zero] * (x.ndim - 4))
         size = (self.batch_step, self.kv_heads_step, self.heads_per_kv, self.block_q, *x.shape[4:])
-        x = jax.lax.dynamic_slice(x, start, size)
+        x = self._as_floats(jax.lax.dynamic_slice(x, start, size))
         return x.reshape(size[0] * size[1], size[2] * size[3], *size[4:])
 
     def put_rows(
@@ -118,7 +120,12 @@ class Blocks:
         batch, head = self.corner(group)
         start = (batch, head, j * self.block_kv, jnp.zeros_like(group))
         size = (self.batch_step, self.kv_heads_step, self.block_kv, x.shape[3])
-        return jax.lax.dynamic_slice(x, start, size).reshape(-1, *size[2:])
+        return self._as_floats(jax.lax.dynamic_slice(x, start, size)).reshape(-1, *size[2:])
+
+    def _as_floats(self, x: Array) -> Array:
+        """A block of what `rows` or `columns` made, as numbers again."""
+        bits = jnp.issubdtype(x.dtype, jnp.unsignedinteger)
+        return jax.lax.bitcast_convert_type(x, self.dtype) if bits else x
 
     def put_columns(
         self,
@@ -164,6 +171,7 @@ def choose(
         s=s,
         block_q=block_q,
         block_kv=block_kv,
+        dtype=q.dtype,
     )
 
 
@@ -185,6 +193,11 @@ def _even_block(n: int, target: int) -> int:
 def _divisor(n: int, at_most: int) -> int:
     """The greatest divisor of n that is at most `at_most`, at least 1."""
     return max(d for d in range(1, n + 1) if n % d == 0 and (d <= at_most or d == 1))
+
+
+def _as_bits(x: Array) -> Array:
+    """16-bit floats as bit patterns: as floats, XLA on CPU widens the whole array before the loop."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
 def _pad(x: Array, axis: int, block: int, value: int = 0) -> Array:

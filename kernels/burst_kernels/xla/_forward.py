@@ -46,8 +46,8 @@ def tile_forward(
         return b.put_rows(out, block_out, group, i), b.put_rows(lse, block_lse, group, i)
 
     empty = (
-        jnp.zeros_like(rows, dtype=dtype, shape=(*rows.shape[:-1], v.shape[-1])),
-        jnp.zeros_like(rows, dtype=dtype, shape=rows.shape[:-1]),
+        jnp.zeros_like(q, dtype=dtype, shape=(*rows.shape[:-1], v.shape[-1])),
+        jnp.zeros_like(q, dtype=dtype, shape=rows.shape[:-1]),
     )
     out, lse = fori(b.groups * b.num_q, block, empty)
     return b.unrow(out), b.unrow(lse)
