@@ -8,14 +8,15 @@ documents is one mechanism.
 
 Contract of a backend (`tile_forward`, `tile_backward` of each `burst_kernels` backend):
 
-    tile_forward(q, k, v, tile, config)                   -> out, lse
-    tile_backward(q, k, v, do, lse, delta, tile, config)  -> dq, dk, dv
+    tile_forward(q, k, v, tile, config)                         -> out, lse
+    tile_backward(q, k, v, do, lse, delta, tile, config, onto)  -> dq, dk, dv
 
 q: [B, N, t, H]; k: [B, K, s, H]; v: [B, K, s, Hv]; do: [B, N, t, Hv]: heads before tokens, so that
 no tile has to transpose. N is a multiple of K; query head n reads kv head n // (N // K). lse,
 delta: [B, N, t]. out, lse, dq, dk, dv have the accumulator
 dtype (`accumulator_dtype`): partial results are never rounded before they are merged. lse is the
-natural logarithm. A query that sees no key has out = 0, lse = -inf, and takes part in no gradient.
+natural logarithm. `onto` gives gradients to add to, any of the three or None: what stays on a
+device is summed where it lies, without a second buffer. A query that sees no key has out = 0, lse = -inf, and takes part in no gradient.
 A backend that cannot do a tile raises `NotImplementedError` with the reason.
 """
 
@@ -27,6 +28,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Int, Int8
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
+
+# dq, dk, dv so far, in the accumulator dtype; None counts as zero.
+Onto = tuple[Array | None, Array | None, Array | None]
 
 
 @jax.tree_util.register_dataclass

@@ -67,9 +67,9 @@ def ring_attention_fwd(
     """Forward ring. Sinks enter at the last merge, as one more key whose value is zero."""
     forward = burst_kernels.BACKENDS[ring.implementation].forward
 
-    def tile(queries: Queries, keys: Keys) -> Found:
+    def tile(queries: Queries, keys: Keys, onto: Found) -> Found:
         mask = tile_mask(queries, keys, ring)
-        return Found(Partial(*forward(queries.q, keys.k, keys.v, mask)), None)
+        return Found(_fold(onto.of_queries, Partial(*forward(queries.q, keys.k, keys.v, mask))), None)
 
     seen, _ = circulate(turned(queries), turned(keys), tile, ring=ring, travels=ring.plan.forward)
     if sinks is not None:
@@ -89,10 +89,11 @@ def ring_attention_bwd(ring: Ring, kept: Residuals, cotangents: Partial) -> tupl
     delta = (do.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1) - dlse
     delta = jnp.where(jnp.isneginf(lse), 0.0, delta)
 
-    def tile(queries: Queries, keys: Keys) -> Found:
+    def tile(queries: Queries, keys: Keys, onto: Found) -> Found:
         q, do, lse, delta, *_ = queries
         mask = tile_mask(queries, keys, ring)
-        dq, dk, dv = backward(q, keys.k, keys.v, do, lse, delta, mask)
+        so_far = (*(onto.of_queries or (None,)), *(onto.of_keys or (None, None)))
+        dq, dk, dv = backward(q, keys.k, keys.v, do, lse, delta, mask, onto=so_far)
         return Found((dq,), (dk, dv))
 
     sides = turned(queries._replace(do=do, lse=lse, delta=delta)), turned(keys)
@@ -114,7 +115,7 @@ ring_attention.defvjp(ring_attention_fwd, ring_attention_bwd)
 def circulate(
     queries: Queries,
     keys: Keys,
-    tile: Callable[[Queries, Keys], Found],
+    tile: Callable[[Queries, Keys, Found], Found],
     *,
     ring: Ring,
     travels: Side,
@@ -123,7 +124,8 @@ def circulate(
 
     Args:
         queries, keys: the two sides on this device.
-        tile: computes one pair of shards, with the positions of both filled in.
+        tile: computes one pair of shards, with the positions of both filled in, and adds what it
+            finds to what was found before.
         ring: the static description of the call.
         travels: the side that moves; the other stays.
 
@@ -136,13 +138,13 @@ def circulate(
     own = keys if travels == "kv" else queries  # a layout's positions are not sent but computed
     queries, keys = at(me, queries, ring.queries, ring), at(me, keys, ring.keys, ring)
     if not schedule.offsets:
-        return tile(queries, keys)
+        return tile(queries, keys, Found(None, None))
 
-    def meet(shard: Int[Array, ""], traveller: Any) -> Any:
-        """What stays here and what goes home, of a tile with the traveller of device `shard`."""
+    def meet(shard: Int[Array, ""], traveller: Any, stayed: Any) -> Any:
+        """What stays here, added to `stayed`, and what goes home with the traveller of `shard`."""
         if travels == "kv":
-            return tile(queries, at(shard, traveller, ring.keys, ring))
-        return tile(at(shard, traveller, ring.queries, ring), keys)[::-1]
+            return tile(queries, at(shard, traveller, ring.keys, ring), Found(stayed, None))
+        return tile(at(shard, traveller, ring.queries, ring), keys, Found(None, stayed))[::-1]
 
     returns = travels == "q" or queries.do is not None
     message_moves = functools.partial(_move, ring=ring, schedule=schedule)
@@ -154,7 +156,7 @@ def circulate(
     whole = keys if travels == "kv" else queries
     early, late = halves(whole) if returns else (whole, None)
     message = message_moves(recast(own, ring.plan.wire_dtype), schedule.first)
-    message, (stayed, home) = jax.lax.optimization_barrier((message, meet(me, early)))
+    message, (stayed, home) = jax.lax.optimization_barrier((message, meet(me, early, None)))
 
     # Invariant before a visit at offset o: `message` is device me - o's; `stayed` is what this
     # device's visits found so far of the side that stays; `collected` is what the traveller of the
@@ -164,8 +166,8 @@ def circulate(
         onward = None if plan.onward is None else message_moves(message, plan.onward)
         arriving = None if plan.behind is None else result_moves(collected, plan.behind)
         shard = (me - offset) % schedule.num_shards
-        stays, goes = meet(shard, recast(message, own[0].dtype))
-        return _fold(stayed, stays), _fold(arriving, goes), onward
+        stayed, goes = meet(shard, recast(message, own[0].dtype), stayed)
+        return stayed, _fold(arriving, goes), onward
 
     carry = (stayed, None, message)
     for offsets, plan in schedule.visits(returns=returns):
@@ -181,8 +183,7 @@ def circulate(
         collected, late = jax.lax.optimization_barrier((collected, late))
         returned = result_moves(collected, schedule.homeward)
         if late is not None:
-            stays, second = meet(me, late)
-            stayed = _fold(stayed, stays)
+            stayed, second = meet(me, late, stayed)
             home = jax.tree.map(lambda a, b: jnp.concatenate((a, b), axis=2), home, second)
         home = _fold(home, returned)
     return Found(stayed, home) if travels == "kv" else Found(home, stayed)

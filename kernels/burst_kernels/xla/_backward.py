@@ -2,9 +2,9 @@
 
 For each block of keys, the active query blocks only. dk and dv of the block stay in the loop's
 small carry; dq is one buffer that each step adds one block to. Scores are held transposed, [keys,
-queries], and so is dq, [H, queries]: then no product has to transpose the large operand, which on
-CPU costs more than the product (kernels/workbench/bench_products.py). The softmax is the whole
-row's: lse and delta come from outside.
+queries], and a block of dq is made transposed, [H, queries]: then no product has to transpose its
+large operand, which on CPU costs more than the product itself. The softmax is the whole row's: lse
+and delta come from outside.
 """
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from burst_kernels._config import TileConfig
-from burst_kernels._tile import FULL, PARTIAL, Tile, accumulator_dtype
+from burst_kernels._tile import FULL, PARTIAL, Onto, Tile, accumulator_dtype
 from burst_kernels.xla._blocks import Blocks, MaskBlocks, choose, for_each, fori
 from burst_kernels.xla._scores import cap_slope, capped, matmul, operand_dtype
 
@@ -26,6 +26,7 @@ def tile_backward(
     delta: Float[Array, "B N t"],
     tile: Tile,
     config: TileConfig | None = None,
+    onto: Onto | None = None,
 ) -> tuple[Float[Array, "B N t H"], Float[Array, "B K s H"], Float[Array, "B K s Hv"]]:
     """Gradients of one tile, given the whole row's lse and delta. See the tile contract.
 
@@ -53,7 +54,8 @@ def tile_backward(
             if masked:
                 seen = jnp.tile(mask.visible(group, i, j).T, (1, b.heads_per_kv))[None]
             dq_part, dk_part, dv_part = _gradients(*side, k_block, k_columns, v_block, seen, tile)
-            return _add_columns(dq, dq_part, group, i, b), dk + dk_part, dv + dv_part
+            dq_block = b.take_rows(dq, group, i) + dq_part.swapaxes(1, 2) * tile.scale
+            return b.put_rows(dq, dq_block, group, i), dk + dk_part, dv + dv_part
 
         carry = (dq, *(jnp.zeros_like(x, dtype=dtype) for x in (k_block, v_block)))
         if mask is None:
@@ -63,34 +65,18 @@ def tile_backward(
             carry = for_each(classes == FULL, lambda i, c: visit(i, c, False), carry)
             carry = for_each(classes == PARTIAL, lambda i, c: visit(i, c, True), carry)
         dq, dk_block, dv_block = carry
-        dk = b.put_columns(dk, dk_block * tile.scale, group, j)
-        return dq, dk, b.put_columns(dv, dv_block, group, j)
+        dk_block = b.take_columns(dk, group, j) + dk_block * tile.scale
+        dv_block = b.take_columns(dv, group, j) + dv_block
+        return dq, b.put_columns(dk, dk_block, group, j), b.put_columns(dv, dv_block, group, j)
 
-    rows = sides[0].shape
-    empty = tuple(
-        jnp.zeros_like(q, dtype=dtype, shape=shape)
-        for shape in ((*rows[:3], rows[4], rows[3]), ks.shape, vs.shape)
+    given = onto or (None, None, None)
+    start = tuple(
+        jnp.zeros_like(x, dtype=dtype) if y is None else y
+        for x, y in zip((q, k, v), given, strict=True)
     )
-    dq, dk, dv = fori(b.groups * b.num_kv, block, empty)
-    return b.unrow(dq.swapaxes(3, 4)) * tile.scale, dk[:, :, : b.s], dv[:, :, : b.s]
-
-
-def _add_columns(
-    dq: Float[Array, "B K G H t_"],
-    part: Float[Array, "h H r"],
-    group: Int[Array, ""],
-    i: Int[Array, ""],
-    b: Blocks,
-) -> Float[Array, "B K G H t_"]:
-    """Adds to the transposed dq of query block i."""
-    H = dq.shape[3]
-    part = part.reshape(b.batch_step, b.kv_heads_step, H, b.heads_per_kv, b.block_q)
-    part = part.swapaxes(2, 3)
-    batch, head = b.corner(group)
-    zero = jnp.zeros_like(group)
-    start = (batch, head, zero, zero, i * b.block_q)
-    old = jax.lax.dynamic_slice(dq, start, part.shape)
-    return jax.lax.dynamic_update_slice(dq, old + part, start)
+    start = (b.rows(start[0]), b.columns(start[1]), b.columns(start[2]))
+    dq, dk, dv = fori(b.groups * b.num_kv, block, start)
+    return b.unrow(dq), dk[:, :, : b.s], dv[:, :, : b.s]
 
 
 def _gradients(
