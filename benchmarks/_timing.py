@@ -24,12 +24,16 @@ class Timing(NamedTuple):
 
 
 def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
-    """Times each call once a round, so that a slow minute of the machine hits all of them alike."""
+    """Times each call once a round, so that a slow minute of the machine hits all of them alike.
+
+    Each is run once untimed before, or it would pay for what its neighbour left in the caches.
+    """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         jax.block_until_ready(call())  # compiles
     for _ in range(rounds):
         for name, call in calls.items():
+            jax.block_until_ready(call())
             start = time.perf_counter()
             jax.block_until_ready(call())
             samples[name].append(time.perf_counter() - start)
