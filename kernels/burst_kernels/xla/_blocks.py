@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from burst_kernels._config import TileConfig
 from burst_kernels._tile import Summary, Tile, Tokens, classify, summarize, visible
@@ -77,17 +77,17 @@ class Blocks:
         batch = group // self.head_groups * self.batch_step
         return batch, group % self.head_groups * self.kv_heads_step
 
-    def rows(self, x: Float[Array, "B N t ..."]) -> Float[Array, "B K G t_ ..."]:
+    def rows(self, x: Float[Array, "B N t ..."]) -> Shaped[Array, "B K G t_ ..."]:
         """Query-side array with kv heads apart, padded to whole blocks."""
         x = x.reshape(self.batch, self.kv_heads, self.heads_per_kv, *x.shape[2:])
         return _pad(_as_bits(x), 3, self.block_q)
 
-    def columns(self, x: Float[Array, "B K s H"]) -> Float[Array, "B K s_ H"]:
+    def columns(self, x: Float[Array, "B K s H"]) -> Shaped[Array, "B K s_ H"]:
         """Key-side array, padded to whole blocks."""
         return _pad(_as_bits(x), 2, self.block_kv)
 
     def take_rows(
-        self, x: Float[Array, "B K G t_ ..."], group: Int[Array, ""], i: Int[Array, ""]
+        self, x: Shaped[Array, "B K G t_ ..."], group: Int[Array, ""], i: Int[Array, ""]
     ) -> Float[Array, "h r ..."]:
         """Query block i of a group: [sequences * kv heads, G * block_q, ...]."""
         batch, head = self.corner(group)
@@ -99,11 +99,11 @@ class Blocks:
 
     def put_rows(
         self,
-        x: Float[Array, "B K G t_ ..."],
+        x: Shaped[Array, "B K G t_ ..."],
         block: Float[Array, "h r ..."],
         group: Int[Array, ""],
         i: Int[Array, ""],
-    ) -> Float[Array, "B K G t_ ..."]:
+    ) -> Shaped[Array, "B K G t_ ..."]:
         """x with query block i of a group replaced."""
         batch, head = self.corner(group)
         zero = jnp.zeros_like(group)
@@ -114,7 +114,7 @@ class Blocks:
         return jax.lax.dynamic_update_slice(x, block, start)
 
     def take_columns(
-        self, x: Float[Array, "B K s_ H"], group: Int[Array, ""], j: Int[Array, ""]
+        self, x: Shaped[Array, "B K s_ H"], group: Int[Array, ""], j: Int[Array, ""]
     ) -> Float[Array, "h c H"]:
         """Key block j of a group: [sequences * kv heads, block_kv, H]."""
         batch, head = self.corner(group)
@@ -129,18 +129,18 @@ class Blocks:
 
     def put_columns(
         self,
-        x: Float[Array, "B K s_ H"],
+        x: Shaped[Array, "B K s_ H"],
         block: Float[Array, "h c H"],
         group: Int[Array, ""],
         j: Int[Array, ""],
-    ) -> Float[Array, "B K s_ H"]:
+    ) -> Shaped[Array, "B K s_ H"]:
         """x with key block j of a group replaced."""
         batch, head = self.corner(group)
         block = block.reshape(self.batch_step, self.kv_heads_step, self.block_kv, x.shape[3])
         start = (batch, head, j * self.block_kv, jnp.zeros_like(group))
         return jax.lax.dynamic_update_slice(x, block, start)
 
-    def unrow(self, x: Float[Array, "B K G t_ ..."]) -> Float[Array, "B N t ..."]:
+    def unrow(self, x: Shaped[Array, "B K G t_ ..."]) -> Float[Array, "B N t ..."]:
         """The inverse of `rows`."""
         x = x.reshape(self.batch, self.kv_heads * self.heads_per_kv, *x.shape[3:])
         return x[:, :, : self.t]

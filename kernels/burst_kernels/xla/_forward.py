@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from burst_kernels._config import TileConfig
 from burst_kernels._tile import FULL, PARTIAL, Tile, accumulator_dtype
@@ -55,8 +55,8 @@ def tile_forward(
 
 def _attend(
     q: Float[Array, "h r H"],
-    ks: Float[Array, "B K s_ H"],
-    vs: Float[Array, "B K s_ Hv"],
+    ks: Shaped[Array, "B K s_ H"],
+    vs: Shaped[Array, "B K s_ Hv"],
     group: Int[Array, ""],
     i: Int[Array, ""],
     mask: MaskBlocks | None,

@@ -1,0 +1,66 @@
+"""Whole multi-chip programs, compiled by the real TPU compiler: what its schedule hides."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import burst_jax as bj
+from burst_jax import aot
+
+
+def compiled(target: str, T: int, backward: str) -> jax.stages.Compiled:
+    """Forward and backward at 8 heads of 128, bfloat16, zigzag causal."""
+    mesh = aot.mesh_for(target)
+    where = bj.SequenceSharding(mesh, layout="zigzag", length=T)
+    spec = jax.NamedSharding(mesh, where.spec(4))
+    x = jax.ShapeDtypeStruct((1, T, 8, 128), jnp.bfloat16, sharding=spec)
+    plan = bj.Plan(backward=backward)
+
+    def gradients(q, k, v, do):
+        def attention(q, k, v):
+            return bj.burst_attention(q, k, v, sharding=where, mask=bj.Mask.causal(), plan=plan)
+
+        return jax.vjp(attention, q, k, v)[1](do)
+
+    return aot.compile_for(target, gradients, x, x, x, x)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("backward", ["kv", "q"])
+def test_on_eight_tpus_every_transfer_hides_behind_a_tile(backward):
+    found = bj.inspect.overlap(compiled("v5e:2x4", 128 * 1024, backward))
+    assert found.exposed == 0, found.exposed_names
+    assert found.hidden >= 10  # k, v forward; messages and gradients backward; loops count once
+
+
+@pytest.mark.aot
+def test_code_and_exposed_transfers_do_not_grow_from_eight_to_sixty_four_chips():
+    small, large = (
+        compiled("v5p:2x2x2", 64 * 1024, "q"),
+        compiled("v5p:4x4x4", 512 * 1024, "q"),
+    )
+    sizes = [c.memory_analysis().generated_code_size_in_bytes for c in (small, large)]
+    assert sizes[1] <= 1.3 * sizes[0]
+    assert bj.inspect.overlap(large).exposed == 0
+    assert bj.inspect.temporary_bytes(large) <= 1.1 * bj.inspect.temporary_bytes(small)
+
+
+@pytest.mark.aot
+def test_a_transfer_with_nothing_to_hide_behind_is_reported_as_exposed():
+    mesh = aot.mesh_for("v5e:2x4")
+    spec = jax.P("sp")
+    x = jax.ShapeDtypeStruct(
+        (8 * 4096, 4096), jnp.bfloat16, sharding=jax.NamedSharding(mesh, spec)
+    )
+    turn = [(i, (i + 1) % 8) for i in range(8)]
+    bare = jax.shard_map(
+        lambda x: jax.lax.ppermute(x, "sp", turn), mesh=mesh, in_specs=spec, out_specs=spec
+    )
+    found = bj.inspect.overlap(aot.compile_for("v5e:2x4", bare, x))
+    assert (found.hidden, found.exposed) == (0, 1)
+
+
+@pytest.mark.parametrize("target", ["v5e", "h100", "b17:8", "v5e:2*4", ""])
+def test_a_target_that_does_not_exist_is_refused_with_examples(target):
+    with pytest.raises(ValueError, match=r"v5e:2x4.*h100:8"):
+        aot.parse_target(target)
