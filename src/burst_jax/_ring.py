@@ -69,7 +69,8 @@ def ring_attention_fwd(
 
     def tile(queries: Queries, keys: Keys, onto: Found) -> Found:
         mask = tile_mask(queries, keys, ring)
-        return Found(_fold(onto.of_queries, Partial(*forward(queries.q, keys.k, keys.v, mask))), None)
+        seen = forward(queries.q, keys.k, keys.v, mask, onto=onto.of_queries)
+        return Found(Partial(*seen), None)
 
     seen, _ = circulate(turned(queries), turned(keys), tile, ring=ring, travels=ring.plan.forward)
     if sinks is not None:

@@ -31,30 +31,34 @@ def tile_forward(
     v: Float[Array, "B K s Hv"],
     tile: Tile,
     config: TileConfig | None = None,
+    onto: tuple[Float[Array, "B N t Hv"], Float[Array, "B N t"]] | None = None,
 ) -> tuple[Float[Array, "B N t Hv"], Float[Array, "B N t"]]:
     """Attention of t queries to s keys. See the tile contract in `burst_kernels._tile`."""
     b = choose(q, k, tile, config)
     mask = MaskBlocks.of(tile, b, like=q)
     rows, ks, vs = b.rows(q), b.columns(k), b.columns(v)
     dtype = accumulator_dtype(q.dtype)
+    if onto is None:
+        onto = (
+            jnp.zeros_like(q, dtype=dtype, shape=(*q.shape[:-1], v.shape[-1])),
+            jnp.full_like(q, -jnp.inf, dtype=dtype, shape=q.shape[:-1]),
+        )
 
     def block(n: Int[Array, ""], found):
         out, lse = found
         group, i = n // b.num_q, n % b.num_q
-        running = _attend(b.take_rows(rows, group, i), ks, vs, group, i, mask, b, tile)
+        before = (b.take_rows(out, group, i), b.take_rows(lse, group, i))
+        running = _attend(b.take_rows(rows, group, i), before, ks, vs, group, i, mask, b, tile)
         block_out, block_lse = _normalize(running)
         return b.put_rows(out, block_out, group, i), b.put_rows(lse, block_lse, group, i)
 
-    empty = (
-        jnp.zeros_like(q, dtype=dtype, shape=(*rows.shape[:-1], v.shape[-1])),
-        jnp.zeros_like(q, dtype=dtype, shape=rows.shape[:-1]),
-    )
-    out, lse = fori(b.groups * b.num_q, block, empty)
+    out, lse = fori(b.groups * b.num_q, block, (b.rows(onto[0]), b.rows(onto[1])))
     return b.unrow(out), b.unrow(lse)
 
 
 def _attend(
     q: Float[Array, "h r H"],
+    before: tuple[Float[Array, "h r Hv"], Float[Array, "h r"]],
     ks: Shaped[Array, "B K s_ H"],
     vs: Shaped[Array, "B K s_ Hv"],
     group: Int[Array, ""],
@@ -63,13 +67,11 @@ def _attend(
     b: Blocks,
     tile: Tile,
 ) -> Running:
-    """One block of queries against all its active key blocks."""
-    dtype = accumulator_dtype(q.dtype)
-    start = Running(
-        jnp.full_like(q, -jnp.inf, dtype=dtype, shape=q.shape[:2]),
-        jnp.zeros_like(q, dtype=dtype, shape=q.shape[:2]),
-        jnp.zeros_like(q, dtype=dtype, shape=(*q.shape[:2], vs.shape[-1])),
-    )
+    """One block of queries against all its active key blocks, on top of what it saw before."""
+    out, lse = before
+    dtype = lse.dtype
+    # What was found before is a softmax whose sum, scaled by its maximum, is one.
+    start = Running(lse, jnp.where(jnp.isneginf(lse), 0.0, jnp.ones_like(lse)), out)
 
     def visit(running: Running, j: Int[Array, ""], masked: bool) -> Running:
         k, v = b.take_columns(ks, group, j), b.take_columns(vs, group, j)
