@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from burst_kernels._config import TileConfig
 from burst_kernels._tile import FULL, PARTIAL, Tile, accumulator_dtype
 from burst_kernels.xla._blocks import Blocks, MaskBlocks, choose, for_each, fori
-from burst_kernels.xla._scores import capped, matmul, operand_dtype
+from burst_kernels.xla._scores import capped, matmul, operand_dtype, probability
 
 
 class Running(NamedTuple):
@@ -88,13 +88,11 @@ def _attend(
     return for_each(classes == PARTIAL, lambda j, r: visit(r, j, True), running)
 
 
-def _update(
-    running: Running, scores: Float[Array, "h r c"], v: Float[Array, "h c Hv"]
-) -> Running:
+def _update(running: Running, scores: Float[Array, "h r c"], v: Float[Array, "h c Hv"]) -> Running:
     """Adds one block of keys to the online softmax."""
     maximum = jnp.maximum(running.maximum, scores.max(-1))
     finite = jnp.where(jnp.isneginf(maximum), 0.0, maximum)  # a row that saw nothing yet
-    p = jnp.exp(scores - finite[..., None])
+    p = probability(scores, finite[..., None])
     shrink = jnp.exp(running.maximum - finite)
     operand = operand_dtype(v.dtype)
     added = matmul(p.astype(operand), v.astype(operand), (2, 1), p.dtype)

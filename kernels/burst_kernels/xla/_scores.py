@@ -40,3 +40,14 @@ def cap_slope(scores: Float[Array, "..."], tile: Tile) -> Float[Array, "..."] | 
     if tile.logits_soft_cap is None:
         return None
     return 1.0 - (scores / tile.logits_soft_cap) ** 2
+
+
+def probability(
+    scores: Float[Array, "h m n"], bound: Float[Array, "h _m _n"]
+) -> Float[Array, "h m n"]:
+    """exp(scores - bound), where bound is a maximum or a log-sum-exp, so that it is at most 1.
+
+    Said, not left to rounding: XLA fuses the scale and the difference into one operation, and where
+    one ulp of the scores is large the difference may come out positive, and its exponential infinite.
+    """
+    return jnp.exp(jnp.minimum(scores - bound, 0.0))
