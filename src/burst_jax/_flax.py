@@ -1,4 +1,4 @@
-"""What the nnx and the linen side share: checks, positions, what a host's arguments mean to us.
+"""What the nnx and the linen module share: checks, positions, where arrays lie.
 
 Imports no Flax, so that each side is loaded only by those who use it.
 """
@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -72,12 +71,6 @@ def check_module(
             "rope_theta=None."
         )
     return mask, K, H
-
-
-def check_host(sharding: SequenceSharding, mask: Mask | None) -> Mask:
-    """The arguments of `attention_fn`; returns the mask."""
-    check_sharding(sharding)
-    return _checks.check_mask(mask)
 
 
 def check_sharding(sharding: SequenceSharding) -> None:
@@ -227,47 +220,3 @@ def layout_positions(sharding: SequenceSharding, tokens: int) -> Int[Array, "1 T
     shards = ShardTokens(sharding.layout, R, tokens // R, length)
     rows = jax.vmap(shards.positions)(jnp.arange(R, dtype=jnp.int32))
     return pinned(rows.reshape(1, tokens), sharding)
-
-
-def honoured_mask(
-    own: Mask,
-    *,
-    mask: Array | np.ndarray | Mask | None,
-    is_causal: bool,
-    dropout_rate: float,
-    deterministic: bool,
-    sows: bool,
-    precision: jax.lax.PrecisionLike,
-) -> Mask:
-    """The mask that a host's arguments and our own ask for, if the rest can be honoured.
-
-    Raises:
-        ValueError: it cannot: a dense mask, dropout, sown weights or a precision.
-    """
-    if isinstance(mask, Mask):
-        own = both(own, mask)
-    elif mask is not None:
-        raise ValueError(
-            f"mask is a dense array of shape {tuple(mask.shape)}, quadratic in the sequence and "
-            "not taken (decoding with a cache makes one too): say what it masks with "
-            "attention_fn(sharding, mask=Mask.causal()), or with mask=Mask.segments(ids) in the "
-            "call, and decode with Flax's own attention."
-        )
-    if dropout_rate > 0 and not deterministic:
-        raise ValueError(
-            f"dropout_rate={dropout_rate} on attention weights cannot be honoured, because they "
-            "are never stored: use dropout_rate=0 or deterministic=True, and drop out what the "
-            "module returns instead."
-        )
-    if sows:
-        raise ValueError(
-            "sow_weights=True cannot be honoured, because attention weights are never stored: "
-            "leave it False, and look at them on a short sequence with Flax's own attention."
-        )
-    if precision not in (None, "default", jax.lax.Precision.DEFAULT):
-        raise ValueError(
-            f"precision={precision!r} cannot be honoured by every tile: leave precision=None in "
-            "the module, and set it for the projections and the xla tile with "
-            "jax.default_matmul_precision(...) around the call."
-        )
-    return own & Mask.causal() if is_causal else own

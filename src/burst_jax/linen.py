@@ -11,7 +11,7 @@ from flax.linen.dtypes import promote_dtype
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from burst_jax import _flax
+from burst_jax import _flax, _flax_host
 from burst_jax._masks import Mask
 from burst_jax._plan import Plan
 from burst_jax._sharding import SequenceSharding
@@ -160,7 +160,7 @@ def attention_fn(
         decoding cache), dropout that is not deterministic, sown weights, a precision, einsums of
         the caller's own.
     """
-    own = _flax.check_host(sharding, mask)
+    own = _flax_host.check_host(sharding, mask)
 
     # Flax drops, without a word, what a function does not name: so every argument is named here.
     def _attend(
@@ -180,7 +180,7 @@ def attention_fn(
         qk_attn_weights_einsum: Callable[..., Array] | None = None,
         attn_weights_value_einsum: Callable[..., Array] | None = None,
     ) -> Float[Array, "B T N Hv"]:
-        seen = _flax.honoured_mask(
+        seen = _flax_host.honoured_mask(
             own, mask=mask, is_causal=False, dropout_rate=dropout_rate,
             deterministic=deterministic, sows=module is not None, precision=precision,
         )  # fmt: skip

@@ -13,7 +13,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from burst_jax import _flax
+from burst_jax import _flax, _flax_host
 from burst_jax._masks import Mask
 from burst_jax._plan import Plan
 from burst_jax._sharding import SequenceSharding
@@ -192,7 +192,7 @@ def attention_fn(
         The function. It raises ValueError for what it cannot honour: a dense mask (and so a
         decoding cache), dropout that is not deterministic, sown weights, a precision.
     """
-    own = _flax.check_host(sharding, mask)
+    own = _flax_host.check_host(sharding, mask)
 
     def attend(
         query: Float[Array, "B T N H"],
@@ -210,7 +210,7 @@ def attention_fn(
         is_causal: bool = False,
         input_positions: Int[Array, "..."] | None = None,
     ) -> Float[Array, "B T N Hv"]:
-        seen = _flax.honoured_mask(
+        seen = _flax_host.honoured_mask(
             own, mask=mask, is_causal=is_causal, dropout_rate=dropout_rate,
             deterministic=deterministic, sows=module is not None, precision=precision,
         )  # fmt: skip
