@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 import burst_kernels
 from burst_jax._masks import Mask
@@ -90,14 +91,14 @@ def check_soft_cap(logits_soft_cap: int | float | None) -> float | None:
 
 
 def _positive(name: str, value: int | float, role: str, otherwise: str) -> float:
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise ValueError(
             f"{name} is traced; it {role} and must be known when the program is compiled. Pass a "
             "Python float, or fold a learned factor into the query."
         )
     try:
         number = float(value)
-    except TypeError:
+    except (TypeError, ValueError):
         number = math.nan
     if not (math.isfinite(number) and number > 0):
         raise ValueError(
@@ -137,7 +138,7 @@ def check_mask(mask: Mask | None) -> Mask:
 
 def as_rows(name: str, ids: jax.Array, batch: int, tokens: int) -> jax.Array:
     """Integer ids [n] or [B, n] as [1 or B, n] int32."""
-    shape, dtype = getattr(ids, "shape", None), getattr(ids, "dtype", None)
+    shape, dtype = getattr(ids, "shape", ()), getattr(ids, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
         kind = type(ids).__name__ if dtype is None else f"an array of {dtype}"
         raise ValueError(f"{name} is {kind}; it must be an integer array. Use .astype(jnp.int32).")
@@ -148,7 +149,7 @@ def as_rows(name: str, ids: jax.Array, batch: int, tokens: int) -> jax.Array:
         )
     wide = np.iinfo(np.int32)
     if dtype.itemsize > 4 or dtype == jnp.uint32:
-        if not isinstance(ids, jax.core.Tracer) and ids.size:
+        if not isinstance(ids, Tracer) and ids.size:
             low, high = int(np.min(np.asarray(ids))), int(np.max(np.asarray(ids)))
             if low < wide.min or high > wide.max:
                 raise ValueError(f"{name} holds {low}..{high}, which does not fit int32.")
