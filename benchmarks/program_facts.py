@@ -1,6 +1,6 @@
 """Facts read off programs, nothing timed but the compiler: bytes sent, growth with R, memory.
 
-    python benchmarks/program_facts.py
+python benchmarks/program_facts.py
 """
 
 import time

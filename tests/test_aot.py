@@ -49,9 +49,7 @@ def test_code_and_exposed_transfers_do_not_grow_from_eight_to_sixty_four_chips()
 def test_a_transfer_with_nothing_to_hide_behind_is_reported_as_exposed():
     mesh = aot.mesh_for("v5e:2x4")
     spec = jax.P("sp")
-    x = jax.ShapeDtypeStruct(
-        (8 * 4096, 4096), jnp.bfloat16, sharding=jax.NamedSharding(mesh, spec)
-    )
+    x = jax.ShapeDtypeStruct((8 * 4096, 4096), jnp.bfloat16, sharding=jax.NamedSharding(mesh, spec))
     turn = [(i, (i + 1) % 8) for i in range(8)]
     bare = jax.shard_map(
         lambda x: jax.lax.ppermute(x, "sp", turn), mesh=mesh, in_specs=spec, out_specs=spec

@@ -13,10 +13,11 @@ Contract of a backend (`tile_forward`, `tile_backward` of each `burst_kernels` b
 
 q: [B, N, t, H]; k: [B, K, s, H]; v: [B, K, s, Hv]; do: [B, N, t, Hv]: heads before tokens, so that
 no tile has to transpose. N is a multiple of K; query head n reads kv head n // (N // K). lse,
-delta: [B, N, t]. out, lse, dq, dk, dv have the accumulator
-dtype (`accumulator_dtype`): partial results are never rounded before they are merged. lse is the
-natural logarithm. `onto` is what was found before: (out, lse) over other keys to merge with, or gradients to
-add to, any of the three or None. So what stays on a device is kept where it lies. A query that sees no key has out = 0, lse = -inf, and takes part in no gradient.
+delta: [B, N, t]. out, lse, dq, dk, dv have the accumulator dtype (`accumulator_dtype`): partial
+results are never rounded before they are merged. lse is the natural logarithm. `onto` is what was
+found before: (out, lse) over other keys to merge with, or gradients to add to, any of the three or
+None. So what stays on a device is kept where it lies. A query that sees no key has out = 0,
+lse = -inf, and takes part in no gradient.
 A backend that cannot do a tile raises `NotImplementedError` with the reason.
 """
 

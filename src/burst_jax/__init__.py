@@ -11,7 +11,6 @@ from burst_jax._partial import Partial as Partial
 from burst_jax._partial import merge as merge
 from burst_jax._plan import Plan as Plan
 from burst_jax._plan import make_plan as make_plan
-
 from burst_jax._sharding import SequenceSharding as SequenceSharding
 
 __all__ = (

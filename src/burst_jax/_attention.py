@@ -8,17 +8,18 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.tree_util import keystr
 from jaxtyping import Array, Float, Int
 
 import burst_kernels
 from burst_jax import _checks, _placing
+from burst_jax._cost import Shapes
 from burst_jax._masks import Mask
 from burst_jax._partial import Partial
-from burst_jax._cost import Shapes
 from burst_jax._plan import Plan, resolve
 from burst_jax._ring import ring_attention
 from burst_jax._sharding import AxisName, SequenceSharding, ShardTokens, names
-from burst_jax._sides import Keys, Queries, Ring
+from burst_jax._sides import AnySide, Keys, Queries, Ring
 
 Positions = Int[Array, "..."] | tuple[Int[Array, "..."], Int[Array, "..."]]
 Output = Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]
@@ -33,7 +34,7 @@ def burst_attention(
     mask: Mask | None = None,
     scale: int | float | None = None,
     logits_soft_cap: int | float | None = None,
-    sinks: Float[Array, "N"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
     positions: Positions | None = None,
     plan: Plan | None = None,
     implementation: str | None = None,
@@ -92,9 +93,10 @@ def burst_attention(
         split=(sharding.axis_size(sharding.batch_axis), sharding.axis_size(sharding.head_axis)),
     )  # fmt: skip
     arrays = (queries, keys, sinks)
-    specs = _specs(arrays, sharding)
-    arrays = jax.tree.map(
-        lambda name, x, spec: _placing.placed(name, x, spec, sharding), _NAMES(arrays), arrays, specs
+    arrays = jax.tree.map_with_path(
+        lambda path, x, spec: _placing.placed(_NAMES[keystr(path)], x, spec, sharding),
+        arrays,
+        _specs(arrays, sharding.spec(4)),
     )
     seen = _run(*arrays, ring, sharding)
     return (seen.out, seen.lse) if return_residual else seen.out
@@ -112,7 +114,7 @@ def burst_attention_shard(
     mask: Mask | None = None,
     scale: int | float | None = None,
     logits_soft_cap: int | float | None = None,
-    sinks: Float[Array, "N"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
     positions: Positions | None = None,
     plan: Plan | None = None,
     implementation: str | None = None,
@@ -159,9 +161,7 @@ def burst_attention_shard(
     return (seen.out, seen.lse) if return_residual else seen.out
 
 
-def _tokens(
-    name: str, found: int, length: int | None, sharding: SequenceSharding
-) -> ShardTokens:
+def _tokens(name: str, found: int, length: int | None, sharding: SequenceSharding) -> ShardTokens:
     """Where one side's tokens lie, from its global length; or why it cannot be so."""
     _checks.check_length(name, found, length, sharding)
     length = found if length is None else length
@@ -209,7 +209,7 @@ def _prepare(
         logits_soft_cap=_checks.check_soft_cap(logits_soft_cap),
         left=mask.left,
         right=mask.right,
-        plan=resolve(plan, shapes, q_tokens.num_shards, platform),
+        plan=resolve(plan, shapes, platform),
         implementation=burst_kernels.select(implementation),
     )
     queries = Queries(query, positions=q_positions, segments=q_segments)
@@ -228,66 +228,67 @@ def _stack(ids: tuple[Int[Array, "_b n"], ...]) -> Int[Array, "C b n"]:
     return jnp.stack([jnp.broadcast_to(x, (rows, x.shape[1])) for x in ids])
 
 
-def _specs(arrays: tuple, sharding: SequenceSharding) -> tuple:
-    """PartitionSpecs of queries, keys and sinks."""
-    whole, seq, heads = sharding.spec(4), sharding.axis_name, sharding.head_axis
-
-    def ids(x: Array | None) -> PartitionSpec | None:
-        if x is None:
-            return None
-        rows = sharding.batch_axis if x.shape[-2] > 1 else None
-        return PartitionSpec(*[None] * (x.ndim - 2), rows, seq)
-
-    queries, keys, sinks = arrays
-    return (
-        Queries(whole, positions=ids(queries.positions), segments=ids(queries.segments)),
-        Keys(whole, whole, positions=ids(keys.positions), segments=ids(keys.segments)),
-        None if sinks is None else PartitionSpec(heads),
-    )
+# What the caller calls each array of (queries, keys, sinks).
+_NAMES = {
+    "[0].q": "query",
+    "[0].positions": "positions of the queries",
+    "[0].segments": "q segment ids",
+    "[1].k": "key",
+    "[1].v": "value",
+    "[1].positions": "positions of the keys",
+    "[1].segments": "kv segment ids",
+    "[2]": "sinks",
+}
 
 
-def _NAMES(arrays: tuple) -> tuple:
-    """What the caller calls each array."""
-    names = (
-        Queries("query", positions="positions of the queries", segments="q segment ids"),
-        Keys("key", "value", positions="positions of the keys", segments="kv segment ids"),
-        "sinks",
-    )
-    return jax.tree.map(lambda name, x: None if x is None else name, names, arrays)
+def _specs(arrays: tuple, whole: PartitionSpec) -> tuple:
+    """PartitionSpecs of queries, keys and sinks, where [B, T, N, H] lies as `whole` says."""
+    batch, tokens, heads, _ = whole
+
+    def spec(x: Array) -> PartitionSpec:
+        if x.ndim == 4:
+            return whole
+        if x.ndim == 1:
+            return PartitionSpec(heads)
+        # Positions [b, n] or segment ids [C, b, n]; b = 1 where the batch shares them.
+        rows = batch if x.shape[-2] > 1 else None
+        return PartitionSpec(*[None] * (x.ndim - 2), rows, tokens)
+
+    return jax.tree.map(spec, arrays)
 
 
 @functools.partial(jax.jit, static_argnames=("ring", "sharding"))
 def _run(
     queries: Queries,
     keys: Keys,
-    sinks: Float[Array, "N"] | None,
+    sinks: Float[Array, " N"] | None,
     ring: Ring,
     sharding: SequenceSharding,
 ) -> Partial:
     """Pads where needed, cuts into shards, runs the ring, cuts the padding off."""
     T = queries.q.shape[1]
     arrays = (_filled(queries, ring.queries), _filled(keys, ring.keys), sinks)
-    specs = _specs(arrays, sharding)
+    whole = sharding.spec(4)
+    specs = _specs(arrays, whole)
     arrays = jax.tree.map(lambda x, spec: _placing.reshard(x, spec, sharding), arrays, specs)
-    of_rows = sharding.spec(4)
-    seen = jax.shard_map(
-        lambda *arrays: ring_attention(*_varying_alike(arrays), ring),
+    out, lse = jax.shard_map(
+        lambda *arrays: tuple(ring_attention(*_varying_alike(arrays), ring)),
         mesh=_placing.current_mesh(sharding),
         in_specs=specs,
-        out_specs=Partial(of_rows, PartitionSpec(*of_rows[:3])),
+        out_specs=(whole, PartitionSpec(*whole[:3])),
         axis_names=_placing.free_axes(sharding),
     )(*arrays)
-    if seen.out.shape[1] == T:
-        return seen
+    if out.shape[1] == T:
+        return Partial(out, lse)
     # A dimension that the mesh axis does not divide cannot stay sharded over it.
-    batch, _, heads, _ = of_rows
-    spec = Partial(PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None, heads))
-    seen = jax.tree.map(lambda x, spec: _placing.reshard(x, spec, sharding), seen, spec)
-    return jax.tree.map(lambda x: x[:, :T], seen)
+    batch, _, heads, _ = whole
+    out = _placing.reshard(out, PartitionSpec(batch, None, heads, None), sharding)
+    lse = _placing.reshard(lse, PartitionSpec(batch, None, heads), sharding)
+    return Partial(out[:, :T], lse[:, :T])
 
 
 def _run_shard(
-    queries: Queries, keys: Keys, sinks: Float[Array, "N"] | None, ring: Ring
+    queries: Queries, keys: Keys, sinks: Float[Array, " N"] | None, ring: Ring
 ) -> Partial:
     """Runs the ring where the arrays are shards already.
 
@@ -295,32 +296,24 @@ def _run_shard(
     are made manual too, since a tile knows one device.
     """
     rows = PartitionSpec(*(*jax.typeof(queries.q).sharding.spec, *[None] * 4)[:4])
-    batch, tokens, heads, width = rows
+    _, tokens, _, width = rows
     axes = frozenset(name for part in rows for name in names(part))
     if not axes:
         return ring_attention(*_varying_alike((queries, keys, sinks)), ring)
     _checks.check_shard_spec(rows, tokens, width)
-
-    def ids(x: Array | None) -> PartitionSpec | None:
-        if x is None:
-            return None
-        return PartitionSpec(*[None] * (x.ndim - 2), batch if x.shape[-2] > 1 else None, None)
-
-    specs = (
-        Queries(rows, positions=ids(queries.positions), segments=ids(queries.segments)),
-        Keys(rows, rows, positions=ids(keys.positions), segments=ids(keys.segments)),
-        None if sinks is None else PartitionSpec(heads),
-    )
-    arrays = jax.tree.map(jax.sharding.reshard, (queries, keys, sinks), specs)
-    return jax.shard_map(
-        lambda *arrays: ring_attention(*_varying_alike(arrays), ring),
+    arrays = (queries, keys, sinks)
+    specs = _specs(arrays, rows)
+    arrays = jax.tree.map(jax.sharding.reshard, arrays, specs)
+    out, lse = jax.shard_map(
+        lambda *arrays: tuple(ring_attention(*_varying_alike(arrays), ring)),
         in_specs=specs,
-        out_specs=Partial(rows, PartitionSpec(*rows[:3])),
+        out_specs=(rows, PartitionSpec(*rows[:3])),
         axis_names=axes,
     )(*arrays)
+    return Partial(out, lse)
 
 
-def _filled(side, tokens: ShardTokens):
+def _filled(side: AnySide, tokens: ShardTokens) -> AnySide:
     """A side with its tokens padded to what the devices can share."""
     n = tokens.local * tokens.num_shards
     padded = {

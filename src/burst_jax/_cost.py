@@ -43,15 +43,17 @@ class Hardware:
 # one-way bandwidth of one ICI link, which is what a one-way ring uses. H100: NVIDIA's data sheet
 # of the SXM5 part, dense bfloat16, half of NVLink's bidirectional 900 GB/s.
 HARDWARE = {
-    x.name: x
-    for x in (
-        Hardware(name="v4", kind="tpu", flop_per_s=2.75e14, link_bytes_per_s=4.5e10, memory_bytes=32e9),
-        Hardware(name="v5e", kind="tpu", flop_per_s=1.97e14, link_bytes_per_s=4.5e10, memory_bytes=16e9),
-        Hardware(name="v5p", kind="tpu", flop_per_s=4.59e14, link_bytes_per_s=9e10, memory_bytes=96e9),
-        Hardware(name="v6e", kind="tpu", flop_per_s=9.2e14, link_bytes_per_s=9e10, memory_bytes=32e9),
-        Hardware(name="h100", kind="gpu", flop_per_s=9.89e14, link_bytes_per_s=4.5e11, memory_bytes=80e9),
+    name: Hardware(
+        name=name, kind=kind, flop_per_s=flop, link_bytes_per_s=link, memory_bytes=memory
     )
-}  # fmt: skip
+    for name, kind, flop, link, memory in (
+        ("v4", "tpu", 2.75e14, 4.5e10, 32e9),
+        ("v5e", "tpu", 1.97e14, 4.5e10, 16e9),
+        ("v5p", "tpu", 4.59e14, 9e10, 96e9),
+        ("v6e", "tpu", 9.2e14, 9e10, 32e9),
+        ("h100", "gpu", 9.89e14, 4.5e11, 80e9),
+    )
+}
 
 
 def hardware_named(hardware: Hardware | str) -> Hardware:
@@ -70,16 +72,22 @@ def hardware_named(hardware: Hardware | str) -> Hardware:
 class _Dtypes(Protocol):
     """The fields of a Plan that sizes depend on; Plan itself is defined on top of this module."""
 
-    wire_dtype: DTypeLike | None
-    gradient_dtype: DTypeLike | None
+    @property
+    def wire_dtype(self) -> DTypeLike | None: ...
+
+    @property
+    def gradient_dtype(self) -> DTypeLike | None: ...
 
 
 @runtime_checkable
 class _Travels(_Dtypes, Protocol):
-    """A resolved Plan."""
+    """A `Choice`: a plan that leaves neither side open."""
 
-    forward: Side
-    backward: Side
+    @property
+    def forward(self) -> Side: ...
+
+    @property
+    def backward(self) -> Side: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,7 +199,11 @@ def predict(
         f"{R} devices, {q_tokens.layout}: each holds {x.t} queries x {x.N} heads and {x.s} keys x "
         f"{x.K} heads of {x.H} (batch {x.B})."
     ]
-    for name, products, travels in (("forward", 2, plan.forward), ("backward", 5, plan.backward)):
+    passes: tuple[tuple[str, int, Side], ...] = (
+        ("forward", 2, plan.forward),
+        ("backward", 5, plan.backward),
+    )
+    for name, products, travels in passes:
         schedule = make_schedule(
             travels=travels, layout=q_tokens.layout, num_shards=R, q_local=x.t, kv_local=x.s,
             q_length=q_tokens.length, kv_length=kv_tokens.length, left=mask.left, right=mask.right,
@@ -211,8 +223,8 @@ def predict(
             slowest = "the wire" if hops and wire_s > tiles_s[1:].mean() else "the matrix unit"
             lines.append(
                 f"  on {chip.name} at least {time_s * 1e3:.2f} ms (at peak rates: a tile "
-                f"{tiles_s[1:].mean() * 1e3 if hops else tiles_s[0] * 1e3:.3f} ms, a hop's messages "
-                f"{wire_s * 1e3:.3f} ms): {slowest} binds."
+                f"{tiles_s[1:].mean() * 1e3 if hops else tiles_s[0] * 1e3:.3f} ms, a hop's "
+                f"messages {wire_s * 1e3:.3f} ms): {slowest} binds."
             )
     held = memory_bytes(plan, shapes)
     lines.append(f"memory: about {held / GIB:.2f} GiB a device for the ring, inputs not counted.")

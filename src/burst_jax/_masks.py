@@ -55,9 +55,7 @@ class Mask:
         return Mask(left=int(left), right=int(right))
 
     @staticmethod
-    def segments(
-        q_ids: Int[Array, "*B T"], kv_ids: Int[Array, "*B S"] | None = None
-    ) -> "Mask":
+    def segments(q_ids: Int[Array, "*B T"], kv_ids: Int[Array, "*B S"] | None = None) -> "Mask":
         """A query sees the keys of its own segment: packed documents, for example.
 
         Args:

@@ -1,15 +1,18 @@
-"""How arrays come to lie as a SequenceSharding says, and what is refused because it lies otherwise."""
+"""How arrays come to lie as a SequenceSharding says, and which are refused for lying otherwise."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from burst_jax._sharding import SequenceSharding, names
 
 
-def placed(name: str, x: Array | np.ndarray, spec: PartitionSpec, where: SequenceSharding) -> Array:
+def placed(
+    name: str, x: Array | np.ndarray, spec: PartitionSpec, where: SequenceSharding
+) -> Array | np.ndarray:
     """The array on the mesh; an array that is not sharded at all may be given too.
 
     Args:
@@ -21,7 +24,7 @@ def placed(name: str, x: Array | np.ndarray, spec: PartitionSpec, where: Sequenc
     Raises:
         ValueError: it is sharded, but otherwise.
     """
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         return _explicitly_placed(name, x, spec, where)
     if not isinstance(where.mesh, Mesh):
         return x
@@ -35,9 +38,7 @@ def placed(name: str, x: Array | np.ndarray, spec: PartitionSpec, where: Sequenc
     return x
 
 
-def _explicitly_placed(
-    name: str, x: Array, spec: PartitionSpec, where: SequenceSharding
-) -> Array:
+def _explicitly_placed(name: str, x: Array, spec: PartitionSpec, where: SequenceSharding) -> Array:
     """The same under a trace, as far as types tell: only Explicit axes are part of the type."""
     explicit = explicit_axes(where)
     if not explicit:
@@ -52,14 +53,12 @@ def _explicitly_placed(
     return x
 
 
-def _wrong(
-    name: str, found: object, spec: PartitionSpec, where: SequenceSharding
-) -> ValueError:
+def _wrong(name: str, found: object, spec: PartitionSpec, where: SequenceSharding) -> ValueError:
     axes = dict(where.mesh.shape)
     return ValueError(
-        f"{name} is sharded as {found}, but `sharding` says {spec} on the mesh {axes}. Place it with "
-        f"sharding.place(x) from natural order, move it with jax.device_put(x, NamedSharding(mesh, "
-        f"{spec})) (under jit: jax.sharding.reshard), or describe it: SequenceSharding(mesh, "
+        f"{name} is sharded as {found}, but `sharding` says {spec} on the mesh {axes}. Place it "
+        f"with sharding.place(x) from natural order, move it with jax.device_put(x, "
+        f"NamedSharding(mesh, {spec})) (under jit: jax.sharding.reshard), or describe it: SequenceSharding(mesh, "
         "axis_name=..., batch_axis=..., head_axis=...)."
     )
 
@@ -81,11 +80,9 @@ def current_mesh(where: SequenceSharding) -> Mesh | AbstractMesh:
     here = jax.sharding.get_abstract_mesh()
     if here.empty or AxisType.Manual not in here.axis_types:
         return where.mesh
-    used = {
-        *names(where.axis_name), *names(where.batch_axis), *names(where.head_axis)
-    }  # fmt: skip
-    manual = {n for n, kind in zip(here.axis_names, here.axis_types, strict=True)
-              if kind == AxisType.Manual}  # fmt: skip
+    used = {n for axis in (where.axis_name, where.batch_axis, where.head_axis) for n in names(axis)}
+    types = zip(here.axis_names, here.axis_types, strict=True)
+    manual = {name for name, kind in types if kind == AxisType.Manual}
     if used & manual:
         raise ValueError(
             f"burst_attention was called inside a shard_map over {sorted(used & manual)}, where "

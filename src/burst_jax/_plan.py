@@ -1,6 +1,7 @@
 """`Plan`: what travels and in which dtype. `make_plan`: the choice made for you, and why."""
 
 import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import DTypeLike
@@ -78,23 +79,33 @@ class Plan:
         return self.explanation
 
 
-def resolve(plan: Plan | None, shapes: Shapes, num_shards: int, platform: str) -> Plan:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A Plan that leaves nothing open: what the ring is run by. See `Plan` for the fields."""
+
+    forward: Side
+    backward: Side
+    wire_dtype: DTypeLike | None
+    gradient_dtype: DTypeLike | None
+    one_message: bool
+
+
+def resolve(plan: Plan | None, shapes: Shapes, platform: str) -> Choice:
     """Fills in what the plan leaves open, by bytes; ties go to the side that needs less around it.
 
     Ties go to "kv" forward (nothing travels home) and to "q" backward (one gradient, not two).
     """
     plan = plan or Plan()
     cost = bytes_a_hop(shapes)
-    forward = "q" if cost["forward"]["q"] < cost["forward"]["kv"] else "kv"
-    backward = "kv" if cost["backward"]["kv"] < cost["backward"]["q"] else "q"
-    return dataclasses.replace(
-        plan,
+    forward: Side = "q" if cost["forward"]["q"] < cost["forward"]["kv"] else "kv"
+    backward: Side = "kv" if cost["backward"]["kv"] < cost["backward"]["q"] else "q"
+    return Choice(
         forward=plan.forward or forward,
         backward=plan.backward or backward,
+        wire_dtype=plan.wire_dtype,
+        gradient_dtype=plan.gradient_dtype,
         one_message=platform in ("gpu", "cuda") if plan.one_message is None else plan.one_message,
-        num_shards=num_shards,
     )
-
 
 
 def make_plan(
@@ -144,7 +155,7 @@ def make_plan(
     shapes = Shapes.of(
         (B // batch, q_tokens.local, N // heads, H), (kv_tokens.local, K // heads, H), dtype, plan
     )
-    chosen = resolve(plan, shapes, R, "cpu" if hardware is None else hardware_named(hardware).kind)
+    chosen = resolve(plan, shapes, "cpu" if hardware is None else hardware_named(hardware).kind)
     mask = Mask.full() if mask is None else mask
     explanation = predict(chosen, shapes, q_tokens, kv_tokens, mask, hardware)
-    return dataclasses.replace(chosen, explanation=explanation)
+    return Plan(**dataclasses.asdict(chosen), num_shards=R, explanation=explanation)

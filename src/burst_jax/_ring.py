@@ -19,25 +19,40 @@ All four rings (forward or backward, keys or queries travelling) are one functio
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 import burst_kernels
 from burst_jax import _wire
 from burst_jax._partial import Partial, merge
 from burst_jax._schedule import Schedule, Side, Visit
-from burst_jax._sides import Keys, Queries, Ring, at, halves, hide_padding, recast, tile_mask, turned
+from burst_jax._sides import (
+    Keys,
+    Queries,
+    Ring,
+    at,
+    halves,
+    hide_padding,
+    recast,
+    tile_mask,
+    turned,
+)
 
 
 class Found(NamedTuple):
-    """What tiles found: forward a Partial of the queries, backward (dq,) and (dk, dv)."""
+    """What tiles found; None is nothing yet. `circulate` only adds and sends it, as trees.
 
-    of_queries: Partial | tuple[Array] | None
-    of_keys: tuple[Array, Array] | None
+    Attributes:
+        of_queries: forward a Partial, backward (dq,).
+        of_keys: forward None, backward (dk, dv).
+    """
+
+    of_queries: PyTree
+    of_keys: PyTree
 
 
 class Residuals(NamedTuple):
@@ -45,14 +60,14 @@ class Residuals(NamedTuple):
 
     queries: Queries
     keys: Keys
-    sinks: Float[Array, "N"] | None
+    sinks: Float[Array, " N"] | None
     out: Float[Array, "B t N Hv"]
     lse: Float[Array, "B t N"]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("ring",))
 def ring_attention(
-    queries: Queries, keys: Keys, sinks: Float[Array, "N"] | None, ring: Ring
+    queries: Queries, keys: Keys, sinks: Float[Array, " N"] | None, ring: Ring
 ) -> Partial:
     """Attention of this device's queries to the keys of all devices; lse is differentiable too.
 
@@ -62,7 +77,7 @@ def ring_attention(
 
 
 def ring_attention_fwd(
-    queries: Queries, keys: Keys, sinks: Float[Array, "N"] | None, ring: Ring
+    queries: Queries, keys: Keys, sinks: Float[Array, " N"] | None, ring: Ring
 ) -> tuple[Partial, Residuals]:
     """Forward ring. Sinks enter at the last merge, as one more key whose value is zero."""
     forward = burst_kernels.BACKENDS[ring.implementation].forward
@@ -141,7 +156,7 @@ def circulate(
     if not schedule.offsets:
         return tile(queries, keys, Found(None, None))
 
-    def meet(shard: Int[Array, ""], traveller: Any, stayed: Any) -> Any:
+    def meet(shard: Int[Array, ""] | int, traveller: PyTree, stayed: PyTree) -> PyTree:
         """What stays here, added to `stayed`, and what goes home with the traveller of `shard`."""
         if travels == "kv":
             return tile(queries, at(shard, traveller, ring.keys, ring), Found(stayed, None))
@@ -172,11 +187,7 @@ def circulate(
 
     carry = (stayed, None, message)
     for offsets, plan in schedule.visits(returns=returns):
-        if len(offsets) == 1:
-            carry = hop(carry, offsets[0], plan)
-        else:
-            steps = jnp.asarray(offsets, jnp.int32)
-            carry, _ = jax.lax.scan(lambda c, o, plan=plan: (hop(c, o, plan), None), carry, steps)
+        carry = _run(functools.partial(hop, plan=plan), carry, offsets)
     stayed, collected, _ = carry
 
     # The second half waits for what is to be sent home, and hides that.
@@ -190,20 +201,26 @@ def circulate(
     return Found(stayed, home) if travels == "kv" else Found(home, stayed)
 
 
-def _fold(a: Any, b: Any) -> Any:
+def _run(hop: Callable[..., PyTree], carry: PyTree, offsets: list[int]) -> PyTree:
+    """Hops that send alike: one as it is, several as one rolled loop."""
+    if len(offsets) == 1:
+        return hop(carry, offsets[0])
+    steps = jnp.asarray(offsets, jnp.int32)
+    return jax.lax.scan(lambda c, o: (hop(c, o), None), carry, steps)[0]
+
+
+def _fold(a: PyTree, b: PyTree) -> PyTree:
     """Results over disjoint keys, or queries, put together; None is nothing yet."""
     if a is None or b is None:
         return b if a is None else a
     return merge(a, b) if isinstance(a, Partial) else jax.tree.map(jnp.add, a, b)
 
 
-def _move(message: Any, shift: int, *, ring: Ring, schedule: Schedule) -> Any:
-    return _wire.send(
-        message, ring.axis_name, schedule.to(shift), packed=ring.plan.one_message
-    )
+def _move(message: PyTree, shift: int, *, ring: Ring, schedule: Schedule) -> PyTree:
+    return _wire.send(message, ring.axis_name, schedule.to(shift), packed=ring.plan.one_message)
 
 
-def _move_result(result: Any, shift: int, *, ring: Ring, schedule: Schedule) -> Any:
+def _move_result(result: PyTree, shift: int, *, ring: Ring, schedule: Schedule) -> PyTree:
     """Moves what a traveller has collected: gradients in the plan's dtype, a Partial as it is."""
     if isinstance(result, Partial) or ring.plan.gradient_dtype is None:
         return _move(result, shift, ring=ring, schedule=schedule)

@@ -1,4 +1,4 @@
-"""`SequenceSharding`: how a sequence lies on the mesh. Data, positions, labels and attention share it.
+"""`SequenceSharding`: how a sequence lies on the mesh; data, labels and attention share it.
 
 Layouts, for R devices (a device's tokens in order):
     contiguous  device r holds tokens r T/R ... (r+1) T/R - 1
@@ -54,7 +54,8 @@ class SequenceSharding:
         for field in ("axis_name", "batch_axis", "head_axis"):
             value = getattr(self, field)
             if isinstance(value, list):
-                object.__setattr__(self, field, tuple(value))
+                value = tuple(value)
+                object.__setattr__(self, field, value)
             for name in names(value):
                 if name not in axes:
                     raise ValueError(
@@ -91,12 +92,15 @@ class SequenceSharding:
     @property
     def padded_length(self) -> int:
         """`length` rounded up to what the layout can share equally."""
+        return self.padded(self._known_length())
+
+    def _known_length(self) -> int:
         if self.length is None:
             raise ValueError(
                 "padded_length and positions() need the true number of tokens: give "
                 "SequenceSharding(..., length=T)."
             )
-        return self.padded(self.length)
+        return self.length
 
     def axis_size(self, axis: AxisName | None) -> int:
         """Devices along a mesh axis or several; 1 for None."""
@@ -144,7 +148,7 @@ class SequenceSharding:
         """
         x = x if isinstance(x, (np.ndarray, jax.Array)) else np.asarray(x)
         spec = self.spec(x.ndim, axis)
-        found = x.shape[axis]
+        found: int = x.shape[axis]
         if found == 0:
             raise ValueError(f"place: dimension {axis} of an array {x.shape} has no tokens.")
         if self.length is None and self.key_length is None:
@@ -200,15 +204,15 @@ class SequenceSharding:
         parts = list(self.spec(x.ndim, axis))
         parts[axis] = None
         x = jax.device_put(x, NamedSharding(self.mesh, PartitionSpec(*parts)))
-        x = reorder(x, self.layout, self.num_shards, axis, inverse=True)
-        return jax.lax.slice_in_dim(x, 0, length, axis=axis)
+        natural = reorder(x, self.layout, self.num_shards, axis, inverse=True)
+        return jax.lax.slice_in_dim(natural, 0, length, axis=axis)
 
-    def positions(self) -> Int[Array, "T"]:
+    def positions(self) -> Int[Array, " T"]:
         """Position of each token in layout order, [padded_length], int32; padding is -1."""
-        x = self.positions_of(self.length, self.padded_length)
+        x = self.positions_of(self._known_length(), self.padded_length)
         return jax.device_put(x, NamedSharding(self.mesh, self.spec(1, axis=0)))
 
-    def positions_of(self, length: int, tokens: int) -> Int[Array, "T"]:
+    def positions_of(self, length: int, tokens: int) -> Int[Array, " T"]:
         """`positions` of any number of `tokens` of which `length` are true; not sharded."""
         natural = np.arange(tokens, dtype=np.int32)
         natural = np.where(natural < length, natural, -1).astype(np.int32)

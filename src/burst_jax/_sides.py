@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
 import burst_kernels
-from burst_jax._plan import Plan
+from burst_jax._plan import Choice
 from burst_jax._schedule import Schedule, Side, make_schedule
 from burst_jax._sharding import AxisName, ShardTokens
 
@@ -23,7 +23,7 @@ class Ring:
         explicit: whether the caller gave positions, which then travel with their side.
         positions_matter: False where neither mask nor padding asks for positions.
         scale, logits_soft_cap, left, right: see `burst_kernels.Tile`.
-        plan: resolved: only its dtypes may be None.
+        plan: what travels, and how.
         implementation: the tile backend's name.
     """
 
@@ -36,7 +36,7 @@ class Ring:
     logits_soft_cap: float | None
     left: int | None
     right: int | None
-    plan: Plan
+    plan: Choice
     implementation: str
 
     def schedule(self, travels: Side) -> Schedule:
@@ -74,7 +74,7 @@ class Keys(NamedTuple):
     segments: Int[Array, "C _b s"] | None = None
 
 
-AnySide = TypeVar("AnySide", Queries, Keys)
+AnySide = TypeVar("AnySide", bound=Queries | Keys)
 
 
 def turned(side: AnySide) -> AnySide:

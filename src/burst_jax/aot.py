@@ -103,8 +103,8 @@ def compile_for(target: str, fn: Callable[..., Any], *args: Any) -> jax.stages.C
                 "Give jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh_for("
                 f"{target!r}), spec))."
             )
-    jitted = fn if hasattr(fn, "lower") else jax.jit(fn)
-    return jitted.lower(*args).compile()
+    lower = getattr(fn, "lower", None) or jax.jit(fn).lower
+    return lower(*args).compile()
 
 
 def _topology(target: Target) -> Any:

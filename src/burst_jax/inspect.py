@@ -1,4 +1,4 @@
-"""What a program sends, hides and holds, read off its jaxpr or its compiled form: facts, not timings.
+"""What a program sends, hides and holds, read off its jaxpr or its compiled form; no timings.
 
 Works for any function, ours or a peer's.
 """
@@ -6,7 +6,7 @@ Works for any function, ours or a peer's.
 import dataclasses
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -53,10 +53,13 @@ def collective_bytes(fn: Callable[..., Any], *args: Any) -> dict[str, int]:
     Raises:
         ValueError: a collective stands in a while loop whose number of turns only data knows.
     """
-    sent: Counter[str] = Counter()
+    sent: defaultdict[str, float] = defaultdict(float)
     for name, size, times in _collectives(jax.make_jaxpr(fn)(*args).jaxpr, {}):
         sent[name] += size * times
-    return {**{name: round(n) for name, n in sorted(sent.items())}, "total": round(sent.total())}
+    return {
+        **{name: round(n) for name, n in sorted(sent.items())},
+        "total": round(sum(sent.values())),
+    }
 
 
 def collective_counts(fn: Callable[..., Any], *args: Any) -> dict[str, int]:
@@ -75,9 +78,7 @@ def equations(jaxpr: Jaxpr) -> Iterator[Any]:
             yield from equations(inner)
 
 
-def _collectives(
-    jaxpr: Jaxpr, sizes: dict[str, int]
-) -> Iterator[tuple[str, float, int]]:
+def _collectives(jaxpr: Jaxpr, sizes: dict[str, int]) -> Iterator[tuple[str, float, int]]:
     """(name, bytes one device sends, how often) of each collective; `sizes`: mesh axes' sizes."""
     for eqn in jaxpr.eqns:
         name = _ALIASES.get(eqn.primitive.name, eqn.primitive.name)
@@ -160,7 +161,7 @@ def overlap(compiled: jax.stages.Compiled) -> Overlap:
     """
     hidden, exposed = 0, []
     running: dict[str, bool] = {}
-    for line in compiled.as_text().splitlines():
+    for line in _given(compiled.as_text(), "text").splitlines():
         if line and not line[0].isspace():
             running = {}
         if (found := _INSTRUCTION.match(line)) is None:
@@ -191,4 +192,11 @@ def _is_start(opcode: str, rest: str) -> bool:
 
 def temporary_bytes(compiled: jax.stages.Compiled) -> int:
     """Temporary memory that one device needs besides arguments and results, in bytes."""
-    return compiled.memory_analysis().temp_size_in_bytes
+    return _given(compiled.memory_analysis(), "memory analysis").temp_size_in_bytes
+
+
+def _given(fact: Any, what: str) -> Any:
+    """What the backend tells of a compiled program; a backend may tell nothing."""
+    if fact is None:
+        raise ValueError(f"the backend of this compiled program gives no {what}.")
+    return fact

@@ -20,7 +20,7 @@ def attention(
     mask: Mask | None = None,
     scale: int | float | None = None,
     logits_soft_cap: int | float | None = None,
-    sinks: Float[Array, "N"] | None = None,
+    sinks: Float[Array, " N"] | None = None,
     positions: Positions | None = None,
     return_residual: bool = False,
 ) -> Output:
@@ -78,7 +78,8 @@ def _seen(
     mask: Mask, positions: tuple, sharding: SequenceSharding | None, B: int, T: int, S: int
 ) -> Bool[Array, "b T S"]:
     """The dense mask."""
-    q, kv = (_rows(x, sharding, n, side) for x, n, side in zip(positions, (T, S), "qk", strict=True))
+    given_q, given_kv = positions
+    q, kv = _rows(given_q, sharding, T, "q"), _rows(given_kv, sharding, S, "k")
     q, kv = q[:, :, None], kv[:, None, :]
     seen = (q >= 0) & (kv >= 0)
     if mask.right is not None:

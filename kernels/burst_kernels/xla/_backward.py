@@ -7,13 +7,12 @@ large operand, which on CPU costs more than the product itself. The softmax is t
 and delta come from outside.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from burst_kernels._config import TileConfig
 from burst_kernels._tile import FULL, PARTIAL, Onto, Tile, accumulator_dtype
-from burst_kernels.xla._blocks import Blocks, MaskBlocks, choose, for_each, fori
+from burst_kernels.xla._blocks import MaskBlocks, choose, for_each, fori
 from burst_kernels.xla._scores import cap_slope, capped, matmul, operand_dtype, probability
 
 
@@ -47,23 +46,25 @@ def tile_backward(
         k_block, v_block = b.take_columns(ks, group, j), b.take_columns(vs, group, j)
         k_columns = k_block.swapaxes(1, 2)
 
-        def visit(i: Int[Array, ""], carry, masked: bool):
+        def visit(i: Int[Array, ""], carry, mask: MaskBlocks | None):
             dq, dk, dv = carry
-            side = (b.take_rows(x, group, i) for x in sides)
+            q_i, do_i, lse_i, delta_i = (b.take_rows(x, group, i) for x in sides)
             seen = None
-            if masked:
+            if mask is not None:
                 seen = jnp.tile(mask.visible(group, i, j).T, (1, b.heads_per_kv))[None]
-            dq_part, dk_part, dv_part = _gradients(*side, k_block, k_columns, v_block, seen, tile)
+            dq_part, dk_part, dv_part = _gradients(
+                q_i, do_i, lse_i, delta_i, k_block, k_columns, v_block, seen, tile
+            )
             dq_block = b.take_rows(dq, group, i) + dq_part.swapaxes(1, 2) * tile.scale
             return b.put_rows(dq, dq_block, group, i), dk + dk_part, dv + dv_part
 
-        carry = (dq, *(jnp.zeros_like(x, dtype=dtype) for x in (k_block, v_block)))
+        carry = (dq, jnp.zeros_like(k_block, dtype=dtype), jnp.zeros_like(v_block, dtype=dtype))
         if mask is None:
-            carry = fori(b.num_q, lambda i, c: visit(i, c, False), carry)
+            carry = fori(b.num_q, lambda i, c: visit(i, c, None), carry)
         else:
             classes = mask.classes_of_keys(group, j)
-            carry = for_each(classes == FULL, lambda i, c: visit(i, c, False), carry)
-            carry = for_each(classes == PARTIAL, lambda i, c: visit(i, c, True), carry)
+            carry = for_each(classes == FULL, lambda i, c: visit(i, c, None), carry)
+            carry = for_each(classes == PARTIAL, lambda i, c: visit(i, c, mask), carry)
         dq, dk_block, dv_block = carry
         dk_block = b.take_columns(dk, group, j) + dk_block * tile.scale
         dv_block = b.take_columns(dv, group, j) + dv_block

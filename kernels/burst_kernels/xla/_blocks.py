@@ -196,7 +196,7 @@ def _divisor(n: int, at_most: int) -> int:
 
 
 def _as_bits(x: Array) -> Array:
-    """16-bit floats as bit patterns: as floats, XLA on CPU widens the whole array before the loop."""
+    """16-bit floats as bit patterns: XLA on CPU widens floats, the whole array before the loop."""
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
@@ -212,7 +212,7 @@ def fori(n: int, body: Callable[[Int[Array, ""], Carry], Carry], carry: Carry) -
 
 
 def for_each(
-    chosen: Bool[Array, "n"], body: Callable[[Int[Array, ""], Carry], Carry], carry: Carry
+    chosen: Bool[Array, " n"], body: Callable[[Int[Array, ""], Carry], Carry], carry: Carry
 ) -> Carry:
     """Runs `body(index, carry)` for every index chosen, in order; the others cost nothing.
 

@@ -7,7 +7,6 @@ device, so masks known only as data cost the same as masks known to the compiler
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -73,19 +72,19 @@ def _attend(
     # What was found before is a softmax whose sum, scaled by its maximum, is one.
     start = Running(lse, jnp.where(jnp.isneginf(lse), 0.0, jnp.ones_like(lse)), out)
 
-    def visit(running: Running, j: Int[Array, ""], masked: bool) -> Running:
+    def visit(running: Running, j: Int[Array, ""], mask: MaskBlocks | None) -> Running:
         k, v = b.take_columns(ks, group, j), b.take_columns(vs, group, j)
         scores = capped(matmul(q, k, (2, 2), dtype), tile)
-        if masked:
+        if mask is not None:
             seen = jnp.tile(mask.visible(group, i, j), (b.heads_per_kv, 1))[None]
             scores = jnp.where(seen, scores, -jnp.inf)
         return _update(running, scores, v)
 
     if mask is None:
-        return fori(b.num_kv, lambda j, r: visit(r, j, False), start)
+        return fori(b.num_kv, lambda j, r: visit(r, j, None), start)
     classes = mask.classes_of_queries(group, i)
-    running = for_each(classes == FULL, lambda j, r: visit(r, j, False), start)
-    return for_each(classes == PARTIAL, lambda j, r: visit(r, j, True), running)
+    running = for_each(classes == FULL, lambda j, r: visit(r, j, None), start)
+    return for_each(classes == PARTIAL, lambda j, r: visit(r, j, mask), running)
 
 
 def _update(running: Running, scores: Float[Array, "h r c"], v: Float[Array, "h c Hv"]) -> Running:

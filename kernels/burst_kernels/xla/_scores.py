@@ -47,7 +47,8 @@ def probability(
 ) -> Float[Array, "h m n"]:
     """exp(scores - bound), where bound is a maximum or a log-sum-exp, so that it is at most 1.
 
-    Said, not left to rounding: XLA fuses the scale and the difference into one operation, and where
-    one ulp of the scores is large the difference may come out positive, and its exponential infinite.
+    Said, not left to rounding: XLA fuses the scale and the difference into one operation, and
+    where one ulp of the scores is large the difference may come out positive, and its exponential
+    infinite.
     """
     return jnp.exp(jnp.minimum(scores - bound, 0.0))
