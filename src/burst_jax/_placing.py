@@ -57,9 +57,9 @@ def _wrong(name: str, found: object, spec: PartitionSpec, where: SequenceShardin
     axes = dict(where.mesh.shape)
     return ValueError(
         f"{name} is sharded as {found}, but `sharding` says {spec} on the mesh {axes}. Place it "
-        f"with sharding.place(x) from natural order, move it with jax.device_put(x, "
-        f"NamedSharding(mesh, {spec})) (under jit: jax.sharding.reshard), or describe it: SequenceSharding(mesh, "
-        "axis_name=..., batch_axis=..., head_axis=...)."
+        "with sharding.place(x) from natural order, move it with jax.device_put(x, "
+        f"NamedSharding(mesh, {spec})) (under jit: jax.sharding.reshard), or describe it: "
+        "SequenceSharding(mesh, axis_name=..., batch_axis=..., head_axis=...)."
     )
 
 

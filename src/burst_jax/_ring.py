@@ -19,12 +19,12 @@ All four rings (forward or backward, keys or queries travelling) are one functio
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
 import burst_kernels
 from burst_jax import _wire
@@ -51,8 +51,8 @@ class Found(NamedTuple):
         of_keys: forward None, backward (dk, dv).
     """
 
-    of_queries: PyTree
-    of_keys: PyTree
+    of_queries: Any
+    of_keys: Any
 
 
 class Residuals(NamedTuple):
@@ -156,7 +156,7 @@ def circulate(
     if not schedule.offsets:
         return tile(queries, keys, Found(None, None))
 
-    def meet(shard: Int[Array, ""] | int, traveller: PyTree, stayed: PyTree) -> PyTree:
+    def meet(shard: Int[Array, ""] | int, traveller: Any, stayed: Any) -> Any:
         """What stays here, added to `stayed`, and what goes home with the traveller of `shard`."""
         if travels == "kv":
             return tile(queries, at(shard, traveller, ring.keys, ring), Found(stayed, None))
@@ -201,7 +201,7 @@ def circulate(
     return Found(stayed, home) if travels == "kv" else Found(home, stayed)
 
 
-def _run(hop: Callable[..., PyTree], carry: PyTree, offsets: list[int]) -> PyTree:
+def _run(hop: Callable[..., Any], carry: Any, offsets: list[int]) -> Any:
     """Hops that send alike: one as it is, several as one rolled loop."""
     if len(offsets) == 1:
         return hop(carry, offsets[0])
@@ -209,18 +209,18 @@ def _run(hop: Callable[..., PyTree], carry: PyTree, offsets: list[int]) -> PyTre
     return jax.lax.scan(lambda c, o: (hop(c, o), None), carry, steps)[0]
 
 
-def _fold(a: PyTree, b: PyTree) -> PyTree:
+def _fold(a: Any, b: Any) -> Any:
     """Results over disjoint keys, or queries, put together; None is nothing yet."""
     if a is None or b is None:
         return b if a is None else a
     return merge(a, b) if isinstance(a, Partial) else jax.tree.map(jnp.add, a, b)
 
 
-def _move(message: PyTree, shift: int, *, ring: Ring, schedule: Schedule) -> PyTree:
+def _move(message: Any, shift: int, *, ring: Ring, schedule: Schedule) -> Any:
     return _wire.send(message, ring.axis_name, schedule.to(shift), packed=ring.plan.one_message)
 
 
-def _move_result(result: PyTree, shift: int, *, ring: Ring, schedule: Schedule) -> PyTree:
+def _move_result(result: Any, shift: int, *, ring: Ring, schedule: Schedule) -> Any:
     """Moves what a traveller has collected: gradients in the plan's dtype, a Partial as it is."""
     if isinstance(result, Partial) or ring.plan.gradient_dtype is None:
         return _move(result, shift, ring=ring, schedule=schedule)
