@@ -7,7 +7,7 @@ import dataclasses
 import math
 import types
 import typing
-from typing import Literal
+from typing import Any, Literal
 
 Layout = Literal["contiguous", "zigzag", "striped"]
 Remat = Literal["none", "full", "save_attention"]
@@ -171,13 +171,23 @@ class TrainConfig:
 
 def check_types(config: object) -> None:
     """Raises ValueError if a field of this dataclass holds a value of another type than it says."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if not _fits(value, field.type):
-            raise ValueError(f"{field.name} must be {describe(field.type)}, got {value!r}.")
+    for name, field in fields_of(config).items():
+        check_type(name, getattr(config, name), field.type)
 
 
-def _fits(value: object, kind: type) -> bool:
+def check_type(name: str, value: object, kind: object) -> None:
+    """Raises ValueError if the value is not of the annotated kind; an int counts as a float."""
+    if not _fits(value, kind):
+        raise ValueError(f"{name} must be {_describe(kind)}, got {value!r}.")
+
+
+def fields_of(schema: object) -> dict[str, dataclasses.Field[Any]]:
+    """Fields of a dataclass or of its instance, by name."""
+    assert dataclasses.is_dataclass(schema)
+    return {field.name: field for field in dataclasses.fields(schema)}
+
+
+def _fits(value: object, kind: object) -> bool:
     if isinstance(kind, types.UnionType):
         return any(_fits(value, option) for option in typing.get_args(kind))
     if typing.get_origin(kind) is Literal:
@@ -189,20 +199,25 @@ def _fits(value: object, kind: type) -> bool:
         return kind is bool
     if kind is float:  # nan and inf are numbers to Python and TOML, and never meant here
         return isinstance(value, int | float) and math.isfinite(value)
-    return isinstance(value, kind)
+    return isinstance(kind, type) and isinstance(value, kind)
 
 
-def describe(kind: type) -> str:
+def _describe(kind: object) -> str:
     """What a value of this annotation is called in an error message."""
     if isinstance(kind, types.UnionType):
-        return " or ".join(describe(k) for k in typing.get_args(kind) if k is not types.NoneType)
+        return " or ".join(_describe(k) for k in typing.get_args(kind) if k is not types.NoneType)
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
         return "a list of strings"
     if dataclasses.is_dataclass(kind):
         return "a table"
-    names = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false"}
+    names: dict[object, str] = {
+        int: "an integer",
+        float: "a finite number",
+        str: "a string",
+        bool: "true or false",
+    }
     return names[kind]
 
 

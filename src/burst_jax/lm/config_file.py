@@ -6,7 +6,7 @@ import pathlib
 import tomllib
 from typing import TypeVar
 
-from burst_jax.lm.config import TrainConfig, describe
+from burst_jax.lm.config import TrainConfig, check_type, fields_of
 
 Schema = TypeVar("Schema")
 
@@ -35,25 +35,27 @@ def load_config(path: str | pathlib.Path) -> TrainConfig:
 
 def _build(schema: type[Schema], table: dict[str, object], where: str) -> Schema:
     """A dataclass from a TOML table; `where` names file and table in errors."""
-    fields = {field.name: field for field in dataclasses.fields(schema)}
+    fields = fields_of(schema)
     values = {}
     for key, value in table.items():
         if key not in fields:
-            raise ValueError(f"{where}: unknown key {key!r}; {_suggest(key, fields)}")
+            raise ValueError(f"{where}: unknown key {key!r}; {_suggest(key, list(fields))}")
         kind = fields[key].type
-        if dataclasses.is_dataclass(kind):
-            if not isinstance(value, dict):
-                raise ValueError(f"{where}: {key} must be {describe(kind)}, got {value!r}.")
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
             value = _build(kind, value, f"{where}, table [{key}]")
         elif isinstance(value, list):
             value = tuple(value)
+        elif kind is float and type(value) is int:
+            value = float(value)
         values[key] = value
     try:
+        for key, value in values.items():
+            check_type(key, value, fields[key].type)
         return schema(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _suggest(key: str, fields: dict[str, dataclasses.Field]) -> str:
-    close = difflib.get_close_matches(key, fields, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(fields)}."
+def _suggest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"the keys are {', '.join(known)}."
