@@ -26,6 +26,8 @@ from jaxtyping import Array, Float, Int32
 
 from burst_jax import Mask, Plan, SequenceSharding, burst_attention_shard
 
+# jax exports the class as a variable, which no annotation may hold.
+Devices = Sequence[jax.Device]  # pyright: ignore[reportInvalidTypeForm]
 Strategy = Literal["ring", "all_gather", "tensor_parallel"]
 
 # The sequence is spread over the first axis. The second has one device: on it, attention among
@@ -45,9 +47,7 @@ class Weights(NamedTuple):
 Layer = Callable[[Float[Array, "B T D"], Weights], Float[Array, "B T D"]]
 
 
-def make_sharding(
-    devices: Sequence[jax.Device], *, length: int, layout: str = "zigzag"
-) -> SequenceSharding:
+def make_sharding(devices: Devices, *, length: int, layout: str = "zigzag") -> SequenceSharding:
     """The sharding that `attention_layer` wants: tokens over all devices."""
     kinds = (AxisType.Explicit,) * len(_AXES)
     mesh = jax.make_mesh((len(devices), 1), _AXES, axis_types=kinds, devices=devices)
@@ -56,10 +56,11 @@ def make_sharding(
 
 def weight_specs(strategy: Strategy) -> Weights:
     """How the weights lie: heads sharded for tensor parallelism, else the same on every device."""
-    if strategy != "tensor_parallel":
-        return Weights(*[PartitionSpec()] * 4)
-    heads = PartitionSpec(None, _AXES, None)
-    return Weights(heads, heads, heads, PartitionSpec(_AXES, None, None))
+    specs = [PartitionSpec()] * 4
+    if strategy == "tensor_parallel":
+        heads = PartitionSpec(None, _AXES, None)
+        specs = [heads, heads, heads, PartitionSpec(_AXES, None, None)]
+    return Weights._make(specs)
 
 
 def attention_layer(
@@ -87,6 +88,7 @@ def attention_layer(
             q, k, v, axis_name=_AXES, layout=sharding.layout, length=sharding.length, mask=mask,
             plan=plan,
         )  # fmt: skip
+        assert isinstance(out, jax.Array), "no residual was asked for"
         return _join(out, weights)
 
     def all_gather(x, positions, weights):
@@ -148,4 +150,6 @@ def _alone(
 ) -> Float[Array, "B t N H"]:
     """Attention among what is on this device; positions, not places, say what is masked."""
     positions = (q_positions, kv_positions)
-    return burst_attention_shard(q, k, v, axis_name=_AXES[1], positions=positions, mask=mask)
+    out = burst_attention_shard(q, k, v, axis_name=_AXES[1], positions=positions, mask=mask)
+    assert isinstance(out, jax.Array), "no residual was asked for"
+    return out

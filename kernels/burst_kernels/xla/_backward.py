@@ -13,7 +13,14 @@ from jaxtyping import Array, Float, Int
 from burst_kernels._config import TileConfig
 from burst_kernels._tile import FULL, PARTIAL, Onto, Tile, accumulator_dtype
 from burst_kernels.xla._blocks import MaskBlocks, choose, for_each, fori
-from burst_kernels.xla._scores import cap_slope, capped, matmul, operand_dtype, probability
+from burst_kernels.xla._scores import (
+    cap_slope,
+    capped,
+    factor,
+    matmul,
+    operand_dtype,
+    probability,
+)
 
 
 def tile_backward(
@@ -94,7 +101,7 @@ def _gradients(
     """Contributions of one pair of blocks to dq^T / scale, dk / scale and dv."""
     dtype, operand = lse.dtype, operand_dtype(q.dtype)
     scores = capped(matmul(k, q, (2, 2), dtype), tile)
-    p = probability(scores, lse[:, None, :])
+    p = probability(scores, lse[:, None, :] / factor(tile), tile)
     if seen is not None:
         p = jnp.where(seen, p, 0.0)
     ds = p * (matmul(v, do, (2, 2), dtype) - delta[:, None, :])

@@ -13,11 +13,11 @@ from jaxtyping import Array, Float, Int, Shaped
 from burst_kernels._config import TileConfig
 from burst_kernels._tile import FULL, PARTIAL, Tile, accumulator_dtype
 from burst_kernels.xla._blocks import Blocks, MaskBlocks, choose, for_each, fori
-from burst_kernels.xla._scores import capped, matmul, operand_dtype, probability
+from burst_kernels.xla._scores import capped, factor, matmul, operand_dtype, probability
 
 
 class Running(NamedTuple):
-    """Online softmax of a block of queries: row maximum, row sum, output not yet divided by it."""
+    """Online softmax of a block of queries: row maximum (in units of 1 / `factor`), sum, output."""
 
     maximum: Float[Array, "h r"]
     total: Float[Array, "h r"]
@@ -48,7 +48,7 @@ def tile_forward(
         group, i = n // b.num_q, n % b.num_q
         before = (b.take_rows(out, group, i), b.take_rows(lse, group, i))
         running = _attend(b.take_rows(rows, group, i), before, ks, vs, group, i, mask, b, tile)
-        block_out, block_lse = _normalize(running)
+        block_out, block_lse = _normalize(running, tile)
         return b.put_rows(out, block_out, group, i), b.put_rows(lse, block_lse, group, i)
 
     out, lse = fori(b.groups * b.num_q, block, (b.rows(onto[0]), b.rows(onto[1])))
@@ -70,7 +70,7 @@ def _attend(
     out, lse = before
     dtype = lse.dtype
     # What was found before is a softmax whose sum, scaled by its maximum, is one.
-    start = Running(lse, jnp.where(jnp.isneginf(lse), 0.0, jnp.ones_like(lse)), out)
+    start = Running(lse / factor(tile), jnp.where(jnp.isneginf(lse), 0.0, jnp.ones_like(lse)), out)
 
     def visit(running: Running, j: Int[Array, ""], mask: MaskBlocks | None) -> Running:
         k, v = b.take_columns(ks, group, j), b.take_columns(vs, group, j)
@@ -78,7 +78,7 @@ def _attend(
         if mask is not None:
             seen = jnp.tile(mask.visible(group, i, j), (b.heads_per_kv, 1))[None]
             scores = jnp.where(seen, scores, -jnp.inf)
-        return _update(running, scores, v)
+        return _update(running, scores, v, tile)
 
     if mask is None:
         return fori(b.num_kv, lambda j, r: visit(r, j, None), start)
@@ -87,12 +87,14 @@ def _attend(
     return for_each(classes == PARTIAL, lambda j, r: visit(r, j, mask), running)
 
 
-def _update(running: Running, scores: Float[Array, "h r c"], v: Float[Array, "h c Hv"]) -> Running:
+def _update(
+    running: Running, scores: Float[Array, "h r c"], v: Float[Array, "h c Hv"], tile: Tile
+) -> Running:
     """Adds one block of keys to the online softmax."""
     maximum = jnp.maximum(running.maximum, scores.max(-1))
     finite = jnp.where(jnp.isneginf(maximum), 0.0, maximum)  # a row that saw nothing yet
-    p = probability(scores, finite[..., None])
-    shrink = jnp.exp(running.maximum - finite)
+    p = probability(scores, finite[..., None], tile)
+    shrink = jnp.exp((running.maximum - finite) * factor(tile))
     operand = operand_dtype(v.dtype)
     added = matmul(p.astype(operand), v.astype(operand), (2, 1), p.dtype)
     return Running(
@@ -102,9 +104,9 @@ def _update(running: Running, scores: Float[Array, "h r c"], v: Float[Array, "h 
     )
 
 
-def _normalize(running: Running) -> tuple[Float[Array, "h r Hv"], Float[Array, "h r"]]:
+def _normalize(running: Running, tile: Tile) -> tuple[Float[Array, "h r Hv"], Float[Array, "h r"]]:
     """Output and lse; rows that saw nothing get 0 and -inf."""
     saw = running.total > 0
     total = jnp.where(saw, running.total, 1.0)
-    lse = jnp.where(saw, running.maximum + jnp.log(total), -jnp.inf)
+    lse = jnp.where(saw, running.maximum * factor(tile) + jnp.log(total), -jnp.inf)
     return running.out / total[..., None], lse

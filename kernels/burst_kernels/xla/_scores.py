@@ -40,12 +40,21 @@ def operand_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if dtype == jnp.float16 else jnp.dtype(dtype)
 
 
+def factor(tile: Tile) -> float:
+    """What `capped` scores are still to be multiplied by: the scale, or 1 where a cap used it."""
+    return tile.scale if tile.logits_soft_cap is None else 1.0
+
+
 def capped(raw: Float[Array, "..."], tile: Tile) -> Float[Array, "..."]:
-    """Scores from q k^T."""
-    scores = raw * tile.scale
+    """Scores from q k^T, in units of 1 / `factor`.
+
+    The scale waits until a maximum has been taken off. Applied before, it would be fused with the
+    difference into one rounding, and where scores are so large that one ulp is hundreds, the
+    greatest of a row would no longer differ from the maximum by zero.
+    """
     if tile.logits_soft_cap is None:
-        return scores
-    return tile.logits_soft_cap * jnp.tanh(scores / tile.logits_soft_cap)
+        return raw
+    return tile.logits_soft_cap * jnp.tanh(raw * tile.scale / tile.logits_soft_cap)
 
 
 def cap_slope(scores: Float[Array, "..."], tile: Tile) -> Float[Array, "..."] | None:
@@ -56,12 +65,10 @@ def cap_slope(scores: Float[Array, "..."], tile: Tile) -> Float[Array, "..."] | 
 
 
 def probability(
-    scores: Float[Array, "h m n"], bound: Float[Array, "h _m _n"]
+    scores: Float[Array, "h m n"], bound: Float[Array, "h _m _n"], tile: Tile
 ) -> Float[Array, "h m n"]:
-    """exp(scores - bound), where bound is a maximum or a log-sum-exp, so that it is at most 1.
+    """exp(factor (scores - bound)), where bound is a row's maximum or lse in the same units.
 
-    Said, not left to rounding: XLA fuses the scale and the difference into one operation, and
-    where one ulp of the scores is large the difference may come out positive, and its exponential
-    infinite.
+    It is at most 1; that is said, and not left to the rounding of an lse.
     """
-    return jnp.exp(jnp.minimum(scores - bound, 0.0))
+    return jnp.exp(jnp.minimum(scores - bound, 0.0) * factor(tile))

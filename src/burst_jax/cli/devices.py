@@ -1,14 +1,19 @@
 """The devices a command runs on: those there are, or simulated ones on the CPU."""
 
+from collections.abc import Sequence
+
 import jax
 
 from burst_jax.cli import BadRequest
+
+# jax exports the class as a variable, which no annotation may hold.
+Devices = Sequence[jax.Device]  # pyright: ignore[reportInvalidTypeForm]
 
 # The largest ring that the tests simulate. More would only make two cores switch between threads.
 MAX_SIMULATED = 64
 
 
-def find_devices(count: int | None) -> list[jax.Device]:
+def find_devices(count: int | None) -> Devices:
     """`count` devices of JAX's default platform; None: all there are.
 
     Without an accelerator they are simulated on the CPU, which must be arranged before JAX starts
@@ -44,7 +49,7 @@ def find_devices(count: int | None) -> list[jax.Device]:
 
 def _simulate(count: int) -> None:
     """Lets the CPU have `count` devices, if that can still be said; other platforms ignore it."""
-    if jax.config.jax_num_cpu_devices >= count:
+    if jax.config.values["jax_num_cpu_devices"] >= count:
         return
     try:
         jax.config.update("jax_num_cpu_devices", count)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 import burst_jax as bj
 import burst_kernels
+from burst_jax.cli.devices import Devices
 from burst_jax.cli.options import parse
 from burst_jax.lm.console import for_people, say
 
@@ -89,7 +90,7 @@ def _versions() -> Table:
     return table
 
 
-def _device_table(devices: Sequence[jax.Device]) -> Table:
+def _device_table(devices: Devices) -> Table:
     table = _table("Devices", "platform", "kind", "count", "memory each", "processes")
     for kind in sorted({device.device_kind for device in devices}):
         same = [device for device in devices if device.device_kind == kind]

@@ -6,7 +6,7 @@ median of repetitions taken in turns, error against the layer in float64 on one 
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,14 @@ from jaxtyping import Array, Float
 from rich.console import Console
 
 import burst_jax as bj
-from burst_jax.baselines import Strategy, Weights, attention_layer, make_sharding, weight_specs
+from burst_jax.baselines import (
+    Devices,
+    Strategy,
+    Weights,
+    attention_layer,
+    make_sharding,
+    weight_specs,
+)
 from burst_jax.inspect import collective_bytes, temporary_bytes
 from burst_jax.lm.console import working
 
@@ -119,7 +126,7 @@ class Program(NamedTuple):
 
 
 def compare(
-    shape: Shape, *, devices: Sequence[jax.Device], length: int, repeats: int, console: Console
+    shape: Shape, *, devices: Devices, length: int, repeats: int, console: Console
 ) -> Table:
     """Runs every strategy at one shape, in float32 with a causal mask."""
     inputs = _inputs(shape, length)
@@ -208,12 +215,13 @@ def _run_in_turns(programs: list[Program], repeats: int) -> tuple[list[float], l
 def _chosen_side(shape: Shape, sharding: bj.SequenceSharding) -> str:
     """The side that travels backward where nobody says."""
     query, key = (
-        (1, sharding.length, heads, shape.head_dim)
+        (1, sharding.padded_length, heads, shape.head_dim)
         for heads in (shape.num_heads, shape.num_kv_heads)
     )
     plan = bj.make_plan(
         query, key, sharding=sharding, mask=bj.Mask.causal(), dtype=jnp.dtype("float32")
     )
+    assert plan.backward is not None, "a plan made is complete"
     return plan.backward
 
 
@@ -246,10 +254,8 @@ def _truth(inputs: Inputs) -> Results:
             )
             parts.append(jax.tree.map(np.asarray, of_head(x, head, dy)))
     ys, dxs, dws = zip(*((y, dx, dw) for y, (dx, dw) in parts), strict=True)
-    dw = Weights(
-        *(np.concatenate(ws, axis=1) for ws in zip(*(dw[:3] for dw in dws), strict=True)),
-        np.concatenate([dw.out for dw in dws], axis=0),
-    )
+    heads_at = Weights._make([1, 1, 1, 0])  # the dimension of the heads in each matrix
+    dw = jax.tree.map(lambda axis, *parts: np.concatenate(parts, axis), heads_at, *dws)
     return sum(ys), (sum(dxs), dw)
 
 

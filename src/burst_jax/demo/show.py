@@ -3,7 +3,6 @@
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
 
 import jax
 from rich import box
@@ -19,6 +18,7 @@ from burst_jax.demo.verdict import Claim, claims_about_attention, claims_about_t
 from burst_jax.lm.config import TrainConfig
 from burst_jax.lm.console import for_people, say, working
 from burst_jax.lm.data import Corpus, open_corpus
+from burst_jax.lm.train import Devices
 
 
 def prepare(config: DemoConfig) -> Corpus:
@@ -36,9 +36,7 @@ def prepare(config: DemoConfig) -> Corpus:
     return corpus
 
 
-def show(
-    config: DemoConfig, corpus: Corpus, *, devices: Sequence[jax.Device], console: Console
-) -> bool:
+def show(config: DemoConfig, corpus: Corpus, *, devices: Devices, console: Console) -> bool:
     """Runs everything; returns whether every claim held."""
     start = time.perf_counter()
     training = config.training()
@@ -87,9 +85,7 @@ def show(
     return not failed
 
 
-def _facts(
-    training: TrainConfig, corpus: Corpus, source: str, devices: Sequence[jax.Device]
-) -> list[str]:
+def _facts(training: TrainConfig, corpus: Corpus, source: str, devices: Devices) -> list[str]:
     model = training.model
     kind = devices[0].platform
     return [
@@ -101,7 +97,7 @@ def _facts(
     ]
 
 
-def _notes(devices: Sequence[jax.Device]) -> list[str]:
+def _notes(devices: Devices) -> list[str]:
     notes = [
         f"One attention layer of width {WIDTH}, forward and backward, in float32, causal, zigzag; "
         f"all strategies compute with the same tiles and keep the same for the backward pass.",

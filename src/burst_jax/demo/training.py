@@ -1,16 +1,14 @@
 """The same short run on many devices and on one."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 from rich.console import Console
 
 from burst_jax.lm.config import TrainConfig
 from burst_jax.lm.console import working
 from burst_jax.lm.data import Corpus
 from burst_jax.lm.run import run
-from burst_jax.lm.train import Trainer
+from burst_jax.lm.train import Devices, Trainer
 
 
 class Losses(NamedTuple):
@@ -37,11 +35,11 @@ class Losses(NamedTuple):
 
 
 def train_twice(
-    config: TrainConfig, corpus: Corpus, *, devices: Sequence[jax.Device], console: Console
+    config: TrainConfig, corpus: Corpus, *, devices: Devices, console: Console
 ) -> Losses:
     """Trains on all devices, then on the first alone; everything else is the same."""
 
-    def losses(some: Sequence[jax.Device]) -> list[float]:
+    def losses(some: Devices) -> list[float]:
         title = f"{len(some)} device{'s' * (len(some) > 1)}"
         with working(console, f"{title}: initialising the parameters"):
             trainer = Trainer(config, corpus, devices=some)

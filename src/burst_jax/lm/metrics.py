@@ -12,7 +12,6 @@ import datetime
 import json
 import pathlib
 from types import TracebackType
-from typing import Self
 
 
 class MetricsFile:
@@ -39,7 +38,7 @@ class MetricsFile:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetricsFile":
         return self
 
     def __exit__(

@@ -79,8 +79,9 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, sharding: SequenceSharding, rngs: nnx.Rngs) -> None:
         self.remat: Remat = config.remat
         self.dtype = jnp.dtype(config.dtype)
-        initializer = nnx.initializers.normal(1.0)
-        self.embedding = nnx.Param(initializer(rngs.params(), (NUM_TOKENS, config.width)))
+        normal = nnx.initializers.normal(1.0)
+        size = (NUM_TOKENS, config.width)
+        self.embedding = nnx.Param(normal(rngs.params(), size, jnp.float32))
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0)

@@ -28,7 +28,7 @@ def run(
     Raises:
         FloatingPointError, ValueError: as `Trainer.steps`.
     """
-    where = f"{trainer.sharding.num_shards} {trainer.sharding.mesh.devices.flat[0].platform} device"
+    where = f"{trainer.sharding.num_shards} {trainer.devices[0].platform} device"
     where += "s" if trainer.sharding.num_shards > 1 else ""
     with working(console, f"{title}: compiling the step for {where}"):
         compiled = trainer.compile()
@@ -75,7 +75,7 @@ def _start_event(trainer: Trainer, compiled: Compiled) -> dict[str, object]:
         "config": dataclasses.asdict(trainer.config),
         "jax": jax.__version__,
         "devices": trainer.sharding.num_shards,
-        "device_kind": trainer.sharding.mesh.devices.flat[0].device_kind,
+        "device_kind": trainer.devices[0].device_kind,
         "num_params": trainer.num_params,
         "files": len(corpus.files),
         "files_left_out": len(corpus.left_out),

@@ -26,6 +26,9 @@ from burst_jax.lm.data import Batch, Corpus, split
 from burst_jax.lm.loss import mean_loss
 from burst_jax.lm.model import Decoder
 
+# jax exports the class as a variable, which no annotation may hold.
+Devices = Sequence[jax.Device]  # pyright: ignore[reportInvalidTypeForm]
+
 
 class PlacedBatch(NamedTuple):
     """A batch in layout order, sharded over the mesh. Padding has weight 0."""
@@ -38,7 +41,7 @@ class PlacedBatch(NamedTuple):
 class TrainState(NamedTuple):
     """What a step changes. The same on every device."""
 
-    params: nnx.State
+    params: optax.Params
     optimizer: optax.OptState
 
 
@@ -92,7 +95,7 @@ class Compiled(NamedTuple):
     sent: SentBytes
 
 
-def make_sharding(config: TrainConfig, devices: Sequence[jax.Device]) -> bj.SequenceSharding:
+def make_sharding(config: TrainConfig, devices: Devices) -> bj.SequenceSharding:
     """The sequence over all `devices`, laid out as the config says."""
     mesh = jax.make_mesh((len(devices),), ("sp",), axis_types=(AxisType.Explicit,), devices=devices)
     return bj.SequenceSharding(mesh, "sp", layout=config.layout, length=config.seq_len)
@@ -101,7 +104,7 @@ def make_sharding(config: TrainConfig, devices: Sequence[jax.Device]) -> bj.Sequ
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """AdamW with clipping and `learning_rate_schedule`; matrices alone decay."""
 
-    def is_matrix(params: nnx.State) -> nnx.State:
+    def is_matrix(params: optax.Params) -> optax.Params:
         return jax.tree.map_with_path(
             lambda path, _: "kernel" in jax.tree_util.keystr(path), params
         )
@@ -142,10 +145,9 @@ class Trainer:
         ValueError: the corpus is too small for the held-out windows.
     """
 
-    def __init__(
-        self, config: TrainConfig, corpus: Corpus, *, devices: Sequence[jax.Device]
-    ) -> None:
+    def __init__(self, config: TrainConfig, corpus: Corpus, *, devices: Devices) -> None:
         self.config = config
+        self.devices = devices
         self.sharding = make_sharding(config, devices)
         self.windows, self.held_out = split(corpus, seq_len=config.seq_len, holdout=config.holdout)
         self._optimizer = make_optimizer(config.optimizer, config.steps)
@@ -154,7 +156,8 @@ class Trainer:
         self._structure = nnx.graphdef(abstract)
         self.num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(abstract)))
         self.state = self._initial_state()
-        self._step, self._evaluate = None, None
+        self._step: jax.stages.Compiled | None = None
+        self._evaluate = jax.jit(self.loss)
 
     def _make_model(self) -> Decoder:
         rngs = nnx.Rngs(self.config.seed)
@@ -173,9 +176,13 @@ class Trainer:
         """Puts a batch on the mesh. Labels are already shifted, so no token loses its successor."""
         return PlacedBatch(*map(self.sharding.place, batch))
 
-    def loss(self, params: nnx.State, batch: PlacedBatch) -> Float32[Array, ""]:
+    def merged(self, params: optax.Params) -> Decoder:
+        """The decoder with these parameters."""
+        return nnx.merge(self._structure, params)
+
+    def loss(self, params: optax.Params, batch: PlacedBatch) -> Float32[Array, ""]:
         """Mean loss of a batch, nats per token."""
-        logits = nnx.merge(self._structure, params)(batch.tokens)
+        logits = self.merged(params)(batch.tokens)
         return mean_loss(logits, batch.labels, batch.weights)
 
     def step(
@@ -185,7 +192,7 @@ class Trainer:
         loss, gradients = jax.value_and_grad(self.loss)(state.params, batch)
         updates, optimizer = self._optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, optimizer), (loss, optax.global_norm(gradients))
+        return TrainState(params, optimizer), (loss, optax.tree.norm(gradients))
 
     def compile(self) -> Compiled:
         """Compiles the step, and says what it needs."""
@@ -215,6 +222,7 @@ class Trainer:
         """
         if self._step is None:
             self.compile()
+        assert self._step is not None, "compile() sets it"
         batch = self._batch(0)
         for step in range(self.config.steps):
             start = time.perf_counter()
@@ -228,7 +236,7 @@ class Trainer:
                 step=step + 1,
                 loss=loss,
                 gradient_norm=gradient_norm,
-                learning_rate=float(self._schedule(step)),
+                learning_rate=np.asarray(self._schedule(step)).item(),
                 time_s=time_s,
                 tokens_per_s=float(count) / time_s,
                 held_out_loss=self.evaluate() if self._evaluates_at(step) else None,
@@ -236,8 +244,6 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Mean loss over all held-out windows, nats per token."""
-        if self._evaluate is None:
-            self._evaluate = jax.jit(self.loss)
         total, count = 0.0, 0.0
         for start in range(0, len(self.held_out), self.config.batch_size):
             batch = self._held_out_batch(start)
