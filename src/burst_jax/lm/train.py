@@ -204,10 +204,12 @@ class Trainer:
         return Compiled(
             time_s=time_s,
             temporary_bytes=None if memory is None else memory.temp_size_in_bytes,
-            sent=self._sent(batch),
+            sent=self.sent_bytes(),
         )
 
-    def _sent(self, batch: PlacedBatch) -> SentBytes:
+    def sent_bytes(self) -> SentBytes:
+        """What one device sends in a step; traces the step, but compiles nothing."""
+        batch = self.place(self._batch(0))
         attention = bj.inspect.collective_bytes(self.step, self.state, batch)["total"]
         R = self.sharding.num_shards
         gradients = sum(x.nbytes for x in jax.tree.leaves(self.state.params))
