@@ -160,6 +160,21 @@ def test_gradients_through_a_scan_over_rematerialised_layers_match_a_loop_over_t
     close(nnx.to_pure_dict(d_layers), d_params, 1e-9)
 
 
+def test_a_scan_over_layers_takes_no_part_of_the_ring_out_of_its_loop():
+    """Two programs for a device, forward and backward; no third that makes masks beforehand."""
+    sharding = where()
+
+    def layers(x):
+        def layer(x, _):
+            return x + bj.burst_attention(x, x, x, sharding=sharding, mask=bj.Mask.causal()), None
+
+        return (jax.lax.scan(layer, x, length=2)[0] ** 2).sum()
+
+    x = sharding.place(tokens().reshape(2, T, 4, 4))
+    program = jax.jit(jax.grad(layers)).lower(x).as_text()
+    assert program.count("sdy.manual_computation(") == 2
+
+
 def stored(params, mesh, how):
     """Parameters on one device, or kernels spread over the heads' devices, or over the batch's."""
 

@@ -87,7 +87,12 @@ def ring_attention_fwd(
         seen = forward(queries.q, keys.k, keys.v, mask, onto=onto.of_queries)
         return Found(Partial(*seen), None)
 
-    seen, _ = circulate(turned(queries), turned(keys), tile, ring=ring, travels=ring.plan.forward)
+    # Closed to partial evaluation by jax.checkpoint, which recomputes nothing here (autodiff goes
+    # no deeper than this rule). Open, a scan over layers would take all that depends on no array of
+    # its own, such as masks by position, out of the loop as a hundred constants; on those the
+    # partitioner of jaxlib 0.11.2 crashes.
+    around = functools.partial(circulate, tile=tile, ring=ring, travels=ring.plan.forward)
+    seen, _ = jax.checkpoint(around, prevent_cse=False)(turned(queries), turned(keys))
     if sinks is not None:
         sink = jnp.broadcast_to(sinks.astype(seen.lse.dtype)[None, :, None], seen.lse.shape)
         seen = merge(seen, Partial(jnp.zeros_like(seen.out), sink))
