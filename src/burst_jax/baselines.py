@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
@@ -33,6 +34,7 @@ Strategy = Literal["ring", "all_gather", "tensor_parallel"]
 # The sequence is spread over the first axis. The second has one device: on it, attention among
 # gathered tokens is a ring of one.
 _AXES = ("sp", "one")
+_PROJECTED = "baseline_projected"
 
 
 class Weights(NamedTuple):
@@ -80,7 +82,7 @@ def attention_layer(
     """
     if plan is not None and strategy != "ring":
         raise ValueError(f"strategy={strategy!r} has no ring; plan={plan} would do nothing.")
-    tokens, weights = sharding.spec(3), weight_specs(strategy)
+    tokens = sharding.spec(3)
 
     def ring(x, positions, weights):
         q, k, v = _project(x, weights)
@@ -103,7 +105,8 @@ def attention_layer(
         @_gathering_again
         def attend(x):
             everywhere = _gather(positions, axis=0)
-            return _alone(*_project(_gather(x), weights), everywhere, everywhere, mask)
+            q, k, v = checkpoint_name(_project(_gather(x), weights), _PROJECTED)
+            return _alone(q, k, v, everywhere, everywhere, mask)
 
         y = _join(attend(x), weights)
         return jax.lax.psum_scatter(y, _AXES[0], scatter_dimension=1, tiled=True)
@@ -114,17 +117,31 @@ def attention_layer(
     sharded = jax.shard_map(
         shards[strategy],
         mesh=sharding.mesh,
-        in_specs=(tokens, sharding.spec(1, axis=0), weights),
+        in_specs=(tokens, sharding.spec(1, axis=0), weight_specs(strategy)),
         out_specs=tokens,
     )
-    return lambda x, weights: sharded(x, sharding.positions(), weights)
+
+    def layer(x: Float[Array, "B T D"], weights: Weights) -> Float[Array, "B T D"]:
+        K, R = weights.key.shape[1], sharding.num_shards
+        if strategy == "tensor_parallel" and K % R:
+            raise ValueError(
+                f"tensor parallelism cannot share {K} kv heads among {R} devices; use a number of "
+                f"devices that divides them, or another strategy."
+            )
+        return sharded(x, sharding.positions(), weights)
+
+    return layer
 
 
-# What the backward pass finds: attention's output and lse, by the names that the library gives
-# them. All else inside is computed again from arguments, the gathers first.
-_gathering_again = lambda attend: jax.checkpoint(  # noqa: E731
-    attend, policy=jax.checkpoint_policies.save_only_these_names("burst_out", "burst_lse")
-)
+def _gathering_again(attend: Callable[..., Array]) -> Callable[..., Array]:
+    """Lets the backward pass repeat the gathers, and nothing that costs more.
+
+    It finds attention's output and lse, by the names that the library gives them, and the
+    projected queries and keys.
+    """
+    kept = ("burst_out", "burst_lse", _PROJECTED)
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
+    return jax.checkpoint(attend, policy=policy)
 
 
 def _project(x: Float[Array, "B t D"], weights: Weights) -> tuple[Array, Array, Array]:
