@@ -1,33 +1,52 @@
 """Which backend computes a tile: the first that can, with every reason of those that cannot."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
-from burst_kernels import xla
 from burst_kernels._chips import Chip, chip_at_hand, chip_named
 from burst_kernels._config import TileConfig
 from burst_kernels._problem import Problem
 
+# The TPU generations that the kernels are compiled for (tests marked `aot`).
+TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 
-class Backend(NamedTuple):
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
     """A pair of tile functions that keep the contract of `burst_kernels._tile`.
 
+    Its module is imported when it is first used: Pallas takes longer to import than all of
+    burst_jax.
+
     Attributes:
-        forward, backward: see the tile contract.
+        module: has `tile_forward` and `tile_backward`, see the tile contract; `refuses(problem,
+            chip's name)`, a sentence why it cannot compute such tiles, or None; and
+            `configure(problem, chip's name, config)`, the config with its open fields filled in,
+            or a ValueError where what is given does not fit.
         unavailable: (chip) -> why that chip cannot run it, in a sentence, or None.
-        refuses: (problem, chip's name) -> why it cannot compute such tiles, or None.
-        configure: (problem, chip's name, config) -> the config with its open fields filled in;
-            ValueError where what is given does not fit.
         interpreted: whether `TileConfig(interpret=True)` runs it on a CPU.
     """
 
-    forward: Callable[..., tuple]
-    backward: Callable[..., tuple]
+    module: str
     unavailable: Callable[[Chip], str | None]
-    refuses: Callable[[Problem, str], str | None]
-    configure: Callable[[Problem, str, TileConfig], TileConfig]
     interpreted: bool = False
+
+    def load(self) -> ModuleType:
+        """The module."""
+        return importlib.import_module(self.module)
+
+    @property
+    def forward(self) -> Callable[..., tuple]:
+        """Its `tile_forward`."""
+        return self.load().tile_forward
+
+    @property
+    def backward(self) -> Callable[..., tuple]:
+        """Its `tile_backward`."""
+        return self.load().tile_backward
 
 
 class Chosen(NamedTuple):
@@ -42,15 +61,18 @@ class Chosen(NamedTuple):
     config: TileConfig
 
 
+def _no_tpu(chip: Chip) -> str | None:
+    if chip.platform != "tpu":
+        return f"it is for TPUs, and {chip.name} is none."
+    if chip.name not in TPUS:
+        return f"it knows the TPUs {', '.join(TPUS)}, and {chip.name} is another."
+    return None
+
+
 # In order of preference. The chip kernels come before `xla`, which runs anywhere.
 BACKENDS: dict[str, Backend] = {
-    "xla": Backend(
-        forward=xla.tile_forward,
-        backward=xla.tile_backward,
-        unavailable=lambda chip: None,
-        refuses=lambda problem, chip: None,
-        configure=lambda problem, chip, config: config,
-    ),
+    "mosaic_tpu": Backend("burst_kernels.mosaic_tpu", _no_tpu, interpreted=True),
+    "xla": Backend("burst_kernels.xla", lambda chip: None),
 }
 
 
@@ -101,7 +123,7 @@ def select(
         raise ValueError(f"no tile backend can compute this on {chip.name!r}. {listed}")
     name = implementation or usable[0]
     config = dataclasses.replace(config, chip=chip.name)
-    return Chosen(name, BACKENDS[name].configure(problem, chip.name, config))
+    return Chosen(name, BACKENDS[name].load().configure(problem, chip.name, config))
 
 
 def _why_not(backend: Backend, problem: Problem, chip: Chip, config: TileConfig) -> str | None:
@@ -109,4 +131,4 @@ def _why_not(backend: Backend, problem: Problem, chip: Chip, config: TileConfig)
         return "it is no chip's kernel, so TileConfig(interpret=True) means nothing to it."
     if not config.interpret and (reason := backend.unavailable(chip)) is not None:
         return reason
-    return backend.refuses(problem, chip.name)
+    return backend.load().refuses(problem, chip.name)

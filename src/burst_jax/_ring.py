@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 import burst_kernels
 from burst_jax import _wire
 from burst_jax._partial import Partial, merge
-from burst_jax._schedule import Schedule, Side, Visit
+from burst_jax._schedule import Side, Visit
 from burst_jax._sides import (
     Keys,
     Queries,
@@ -169,15 +169,22 @@ def circulate(
         return tile(at(shard, traveller, ring.queries, ring), keys, Found(None, stayed))[::-1]
 
     returns = travels == "q" or queries.do is not None
-    message_moves = functools.partial(_move, ring=ring, schedule=schedule)
-    result_moves = functools.partial(_move_result, ring=ring, schedule=schedule)
+    moves = functools.partial(
+        _wire.move,
+        axis_name=ring.axis_name,
+        to=schedule.to,
+        joined=ring.plan.one_message,
+        dtype=None if queries.do is None else ring.plan.gradient_dtype,
+    )
 
     # The (first half of the) home tile hides the first message. Tied, or the compiler may start
     # the first visit before it, and then it hides nothing. The traveller is what is cut, so that
     # what stays is whole and the hops can add to it.
     whole = keys if travels == "kv" else queries
     early, late = halves(whole) if returns else (whole, None)
-    message = message_moves(recast(own, ring.plan.wire_dtype), schedule.first)
+    message = recast(own, ring.plan.wire_dtype)
+    message = _wire.join(message) if ring.plan.one_message else message
+    message, _ = moves(message, schedule.first)
     message, (stayed, home) = jax.lax.optimization_barrier((message, meet(me, early, None)))
 
     # Invariant before a visit at offset o: `message` is device me - o's; `stayed` is what this
@@ -185,10 +192,10 @@ def circulate(
     # visit before has collected, here and on the devices that it met earlier.
     def hop(carry, offset, plan: Visit):
         stayed, collected, message = carry
-        onward = None if plan.onward is None else message_moves(message, plan.onward)
-        arriving = None if plan.behind is None else result_moves(collected, plan.behind)
+        onward, arriving = moves(message, plan.onward, collected, plan.behind)
         shard = (me - offset) % schedule.num_shards
-        stayed, goes = meet(shard, recast(message, own[0].dtype), stayed)
+        traveller = _wire.part(message) if ring.plan.one_message else message
+        stayed, goes = meet(shard, recast(traveller, own[0].dtype), stayed)
         return stayed, _fold(arriving, goes), onward
 
     carry = (stayed, None, message)
@@ -199,7 +206,7 @@ def circulate(
     # The second half waits for what is to be sent home, and hides that.
     if returns:
         collected, late = jax.lax.optimization_barrier((collected, late))
-        returned = result_moves(collected, schedule.homeward)
+        _, returned = moves(None, None, collected, schedule.homeward)
         if late is not None:
             stayed, second = meet(me, late, stayed)
             home = jax.tree.map(lambda a, b: jnp.concatenate((a, b), axis=2), home, second)
@@ -220,16 +227,3 @@ def _fold(a: Any, b: Any) -> Any:
     if a is None or b is None:
         return b if a is None else a
     return merge(a, b) if isinstance(a, Partial) else jax.tree.map(jnp.add, a, b)
-
-
-def _move(message: Any, shift: int, *, ring: Ring, schedule: Schedule) -> Any:
-    return _wire.send(message, ring.axis_name, schedule.to(shift), packed=ring.plan.one_message)
-
-
-def _move_result(result: Any, shift: int, *, ring: Ring, schedule: Schedule) -> Any:
-    """Moves what a traveller has collected: gradients in the plan's dtype, a Partial as it is."""
-    if isinstance(result, Partial) or ring.plan.gradient_dtype is None:
-        return _move(result, shift, ring=ring, schedule=schedule)
-    sent = jax.tree.map(lambda x: x.astype(ring.plan.gradient_dtype), result)
-    arrived = _move(sent, shift, ring=ring, schedule=schedule)
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), arrived, result)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from burst_kernels._chips import chip_at_hand
 from burst_kernels._config import TileConfig
+from burst_kernels._problem import Problem
 from burst_kernels._tile import Summary, Tile, Tokens, classify, summarize, visible
 
 # Block sizes, and how many scores one step holds, in elements. On CPU those should stay in a core's
@@ -145,6 +146,18 @@ class Blocks:
         """The inverse of `rows`."""
         x = x.reshape(self.batch, self.kv_heads * self.heads_per_kv, *x.shape[3:])
         return x[:, :, : self.t]
+
+
+def refuses(problem: Problem, chip: str) -> str | None:
+    """Nothing: it computes every tile, on every chip."""
+    del problem, chip
+    return None
+
+
+def configure(problem: Problem, chip: str, config: TileConfig) -> TileConfig:
+    """The config as it is: `choose` fills in the rest for each tile that comes."""
+    del problem, chip
+    return config
 
 
 def choose(
