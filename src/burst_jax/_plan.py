@@ -89,13 +89,18 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A Plan that leaves nothing open: what the ring is run by. See `Plan` for the fields."""
+    """A Plan that leaves nothing open: what the ring is run by. See `Plan` for the fields.
+
+    Attributes:
+        as_bits: whether 16-bit floats travel as bit patterns: XLA on CPU sends them as float32.
+    """
 
     forward: Side
     backward: Side
     wire_dtype: DTypeLike | None
     gradient_dtype: DTypeLike | None
     one_message: bool
+    as_bits: bool
 
 
 def resolve(plan: Plan | None, shapes: Shapes, platform: str) -> Choice:
@@ -113,6 +118,7 @@ def resolve(plan: Plan | None, shapes: Shapes, platform: str) -> Choice:
         wire_dtype=plan.wire_dtype,
         gradient_dtype=plan.gradient_dtype,
         one_message=platform in ("gpu", "cuda") if plan.one_message is None else plan.one_message,
+        as_bits=platform == "cpu",
     )
 
 

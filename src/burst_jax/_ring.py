@@ -174,6 +174,7 @@ def circulate(
         axis_name=ring.axis_name,
         to=schedule.to,
         joined=ring.plan.one_message,
+        as_bits=ring.plan.as_bits,
         dtype=None if queries.do is None else ring.plan.gradient_dtype,
     )
 

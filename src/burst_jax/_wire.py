@@ -78,6 +78,7 @@ def move(
     axis_name: AxisName,
     to: Callable[[int], list[tuple[int, int]]],
     joined: bool,
+    as_bits: bool,
     dtype: DTypeLike | None,
 ) -> tuple[Any, Any]:
     """Moves a message on, and after it what its traveller has collected; None is nothing to move.
@@ -90,6 +91,7 @@ def move(
         axis_name: of the ring.
         to: sources and destinations of a move by so much.
         joined: whether all that moves alike is one message.
+        as_bits: whether 16-bit floats travel as bit patterns.
         dtype: in which the result travels; None: its own.
     """
 
@@ -98,7 +100,7 @@ def move(
             return None
         apart = joined and not isinstance(tree, Message)
         tree = join(tree) if apart else tree
-        moved = jax.tree.map(lambda x: _send(x, axis_name, to(shift)), tree)
+        moved = jax.tree.map(lambda x: _send(x, axis_name, to(shift), as_bits), tree)
         return part(moved) if apart else moved
 
     sent = result if dtype is None else jax.tree.map(lambda x: x.astype(dtype), result)
@@ -111,9 +113,8 @@ def move(
     return moved, sent
 
 
-def _send(x: Array, axis_name: AxisName, to: list[tuple[int, int]]) -> Array:
-    """One array; 16-bit floats as bit patterns, or XLA on CPU sends them as float32."""
-    if x.dtype.itemsize != 2:
+def _send(x: Array, axis_name: AxisName, to: list[tuple[int, int]], as_bits: bool) -> Array:
+    if not as_bits or x.dtype.itemsize != 2:
         return jax.lax.ppermute(x, axis_name, to)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint16)
     return jax.lax.bitcast_convert_type(jax.lax.ppermute(bits, axis_name, to), x.dtype)
