@@ -1,0 +1,1 @@
+"""Attention tiles for TPU: Pallas kernels for the Mosaic compiler."""
