@@ -12,6 +12,8 @@ class TileConfig:
     Attributes:
         block_q: query tokens in a block.
         block_kv: key tokens in a block.
+        block_compute: key tokens whose scores the `mosaic_tpu` backend's kernels hold at once: a
+            block of keys is computed in pieces of so many.
         kv_heads: kv heads that one step of the `xla` backend computes together.
         chip: name of the chip to compile for, see `burst_kernels.CHIPS`; None: the mesh's, or
             that of JAX's default device.
@@ -23,6 +25,7 @@ class TileConfig:
 
     block_q: int | None = None
     block_kv: int | None = None
+    block_compute: int | None = None
     kv_heads: int | None = None
     chip: str | None = None
     interpret: bool = False

@@ -1,1 +1,5 @@
 """Attention tiles for TPU: Pallas kernels for the Mosaic compiler."""
+
+from burst_kernels.mosaic_tpu._config import configure as configure
+from burst_kernels.mosaic_tpu._config import refuses as refuses
+from burst_kernels.mosaic_tpu._forward import tile_forward as tile_forward

@@ -85,11 +85,18 @@ class Active:
         return Step(row, i, j, kind, *flags)
 
 
-def padded_tokens(tokens: Tokens, block: int) -> Tokens:
-    """Tokens up to a multiple of `block`; those added are padding, which is never seen."""
+def padded_tokens(tokens: Tokens, block: int, *, repeat: bool = False) -> Tokens:
+    """Tokens up to a multiple of `block`.
+
+    Those added are padding, which sees nothing and is never seen; or, with `repeat`, the last token
+    again: for queries whose results are thrown away, so that their block can still be FULL.
+    """
     missing = -tokens.positions.shape[-1] % block
     if not missing:
         return tokens
+    if repeat:
+        widths = [[(0, 0)] * (x.ndim - 1) + [(0, missing)] for x in tokens]
+        return Tokens(*(jnp.pad(x, w, mode="edge") for x, w in zip(tokens, widths, strict=True)))
     positions = jnp.pad(tokens.positions, ((0, 0), (0, missing)), constant_values=-1)
     return Tokens(positions, jnp.pad(tokens.segments, ((0, 0), (0, 0), (0, missing))))
 
