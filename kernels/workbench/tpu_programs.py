@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from burst_kernels import Tile, TileConfig, mosaic_tpu
 from workbench import tpu_schedule
 
 # The smallest slice of each chip that can be compiled for: a tile knows one device.
@@ -93,23 +94,24 @@ def arguments(program: Program) -> tuple[jax.ShapeDtypeStruct, ...]:
     return program.shapes() + ((rows, rows) if ours else ())
 
 
-def _ours(program: Program, interpret: bool) -> Callable[..., Any]:
-    from burst_kernels import Tile, TileConfig, mosaic_tpu
+def tile_of(program: Program) -> Tile:
+    """The scale and the mask; "full" is without positions."""
+    tile = Tile(scale=program.head_dim**-0.5)
+    if program.mask == "full":
+        return tile
+    positions = jnp.arange(program.tokens, dtype=jnp.int32)[None]
+    return dataclasses.replace(tile, right=0, q_positions=positions, kv_positions=positions)
 
+
+def _ours(program: Program, interpret: bool) -> Callable[..., Any]:
     config = TileConfig(
         block_q=program.block_q,
         block_kv=program.block_kv,
         chip=program.chip,
         interpret=interpret,
     )
-    tile = Tile(scale=program.head_dim**-0.5)
-    if program.mask == "causal":
-        positions = np.arange(program.tokens, dtype=np.int32)[None]
-        tile = dataclasses.replace(
-            tile, right=0, q_positions=jnp.asarray(positions), kv_positions=jnp.asarray(positions)
-        )
     run = mosaic_tpu.tile_forward if program.direction == "forward" else mosaic_tpu.tile_backward
-    return lambda *arrays: run(*arrays, tile, config)
+    return lambda *arrays: run(*arrays, tile_of(program), config)
 
 
 def _splash(program: Program, interpret: bool) -> Callable[..., Any]:
@@ -122,7 +124,7 @@ def _splash(program: Program, interpret: bool) -> Callable[..., Any]:
     one = masks.CausalMask(shape) if program.mask == "causal" else masks.FullMask(shape)
     block_q, block_kv = program.block_q or 1024, program.block_kv or 1024
     compute = min(program.compute, block_kv)
-    make: Callable[..., Any] = functools.partial(
+    make = functools.partial(
         splash.make_splash_mha_single_device,
         masks.MultiHeadMask([one] * program.heads),
         block_sizes=splash.BlockSizes(
@@ -135,15 +137,19 @@ def _splash(program: Program, interpret: bool) -> Callable[..., Any]:
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
         out, (lse,) = make(save_residuals=True)(q[0] * _scale(program), k[0], v[0])
-        return out[None], lse[None]
+        return _batched(out), _batched(lse)
 
     def backward(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> Any:
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return make()(q[0] * _scale(program), k[0], v[0])[None]
+            return _batched(make()(q[0] * _scale(program), k[0], v[0]))
 
         return jax.vjp(attend, q, k, v)[1](do)
 
     return forward if program.direction == "forward" else backward
+
+
+def _batched(x: Any) -> Any:
+    return x[None]
 
 
 def _scale(program: Program) -> jax.Array:
