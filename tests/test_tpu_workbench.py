@@ -4,12 +4,17 @@ The texts below have the form of libtpu 0.0.42's dumps, cut short.
 """
 
 import dataclasses
+import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
-from workbench import tpu_programs, tpu_report, tpu_schedule
+from workbench import tpu_check, tpu_programs, tpu_report, tpu_schedule, tpu_sweep
 
 UTILIZATION = """== CAPACTIY:
 MXU, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU
@@ -164,6 +169,107 @@ def test_splash_is_compared_with_at_equal_heads_only():
     program = tpu_programs.Program(implementation="splash", kv_heads=2)
     with pytest.raises(ValueError, match="kv_heads = heads"):
         tpu_programs.function(program)
+
+
+# The sweep.
+
+
+def tile_score(slowdown: float, vmem: int, **program) -> tpu_sweep.Score:
+    one = tpu_programs.Program(compute=512, **program)
+    return tpu_sweep.Score(one, slowdown, 1000, 1100, vmem)
+
+
+@pytest.mark.parametrize("blocks", [(1, 1), (4, 2), (2, 4), (8, 8), (3, 5)])
+def test_the_tiles_of_a_ring_are_those_that_classification_finds(blocks):
+    R, t = 3, 16
+    program = tpu_programs.Program(tokens=t, block_q=blocks[0], block_kv=blocks[1])
+    # A block of the kernel may straddle the two chunks; the estimate counts by chunk.
+    chunk = [np.arange(t // 2) + c * t // 2 for c in range(2 * R)]
+    full = partial = pairs = 0
+    for r in range(R):
+        for c, d in itertools.product((1, 2 * R - 2), (r, 2 * R - 1 - r)):
+            for i, j in itertools.product(range(0, t // 2, blocks[0]), range(0, t // 2, blocks[1])):
+                q, kv = chunk[c][i : i + blocks[0], None], chunk[d][None, j : j + blocks[1]]
+                seen = kv <= q
+                pairs += seen.sum()
+                full, partial = full + seen.all(), partial + (seen.any() and not seen.all())
+    assert tpu_sweep.ring_tiles(program, ring=R) == (full, partial, pairs)
+
+
+def test_a_step_waits_for_memory_where_that_takes_longer():
+    program = tpu_programs.Program(mask="causal", tokens=2048, block_q=1024, block_kv=1024)
+    fast, slow = (kernel("tile", n, 400, 400) for n in (3000, 30))
+    some, none = (tpu_sweep.scored(program, [k]).slowdown for k in (fast, slow))
+    # 512 KiB at 547 bytes a cycle: 959 cycles a step, whatever the schedule says.
+    assert some / none == pytest.approx(3007 / 959, rel=0.01)
+
+
+def test_of_candidates_that_are_alike_the_one_with_the_least_vmem_wins():
+    scores = [tile_score(1.000, 9), tile_score(1.009, 5), tile_score(1.02, 1)]
+    assert tpu_sweep.best(scores) is scores[1]
+
+
+def test_the_table_keeps_the_chips_that_were_not_swept(libtpu):
+    text = tpu_sweep.updated("", [tile_score(1.1, 5), tile_score(1.2, 5, chip="v6e")])
+    text = tpu_sweep.updated(text, [tile_score(1.3, 5, chip="v6e", block_q=2048)])
+    there: dict = {}
+    exec(text, there)
+    assert there["WINNERS"] == {
+        ("v5e", "forward", 128): (1024, 1024, 512),
+        ("v6e", "forward", 128): (2048, 1024, 512),
+    }
+
+
+# The check.
+
+
+@pytest.mark.parametrize(
+    "code, stdout, ok",
+    [
+        (0, "12 passed, 30 skipped in 3.1s", True),
+        (0, "30 skipped in 3.1s", False),
+        (1, "1 failed, 12 passed in 3.1s", False),
+        (5, "no tests ran", False),
+    ],
+)
+def test_tests_that_were_all_skipped_show_nothing(code, stdout, ok):
+    assert tpu_check.read_tests(code, stdout)["ok"] is ok
+
+
+def test_a_nan_is_the_greatest_error():
+    one = np.ones((2, 2), np.float32)
+    assert tpu_check.error([one, one], [one]) == 0
+    assert tpu_check.error([one * 1.5], [one]) == 0.5
+    assert tpu_check.error([np.array([[1, np.nan], [1, 1]])], [one]) == np.inf
+
+
+def verdict(*arguments: str) -> tuple[int, list[dict], str]:
+    command = [sys.executable, "-m", "workbench.tpu_check", "--interpret", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    *lines, last = done.stdout.splitlines()
+    return done.returncode, [json.loads(line) for line in lines], last
+
+
+@pytest.mark.slow
+def test_the_check_says_that_interpreted_tiles_are_right():
+    code, lines, last = verdict()
+    assert code == 0, lines
+    assert len(lines) == 9 and all(line["ok"] for line in lines)
+    assert last.startswith("VERDICT: all 9 steps are right")
+
+
+def test_the_check_says_what_is_wrong(monkeypatch, capsys, ordinary_promotion):
+    def wrong(q, k, v, *, tile, config):
+        return q.astype("float32") * 0.1, None
+
+    monkeypatch.setattr(tpu_programs.mosaic_tpu, "tile_forward", wrong)
+    monkeypatch.setattr(tpu_check, "PASSES", ("forward",))
+    monkeypatch.setattr(tpu_check, "MASKS", ("full",))
+    with jax.enable_x64(False):
+        assert tpu_check.main(["--interpret"]) == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["ok"] for line in lines] == [True, False, False]
+    assert last.startswith("VERDICT: 2 of 3 steps are WRONG: numbers and time.")
 
 
 @pytest.mark.aot

@@ -50,7 +50,7 @@ class Program:
         head_dim: H, of keys and values.
         dtype: of q, k, v and do.
         block_q, block_kv: tokens in a block; None: our choice.
-        compute: keys that splash takes out of a block at a time.
+        compute: keys whose scores are held at once; None: our choice, 512 for splash.
         mask: "full" (no positions at all) or "causal".
     """
 
@@ -64,7 +64,7 @@ class Program:
     dtype: str = "bfloat16"
     block_q: int | None = 1024
     block_kv: int | None = 1024
-    compute: int = 512
+    compute: int | None = None
     mask: str = "full"
 
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -107,11 +107,12 @@ def _ours(program: Program, interpret: bool) -> Callable[..., Any]:
     config = TileConfig(
         block_q=program.block_q,
         block_kv=program.block_kv,
+        block_compute=program.compute,
         chip=program.chip,
         interpret=interpret,
     )
     run = mosaic_tpu.tile_forward if program.direction == "forward" else mosaic_tpu.tile_backward
-    return lambda *arrays: run(*arrays, tile_of(program), config)
+    return lambda *arrays: run(*arrays, tile=tile_of(program), config=config)
 
 
 def _splash(program: Program, interpret: bool) -> Callable[..., Any]:
@@ -123,7 +124,7 @@ def _splash(program: Program, interpret: bool) -> Callable[..., Any]:
     shape = (program.tokens, program.tokens)
     one = masks.CausalMask(shape) if program.mask == "causal" else masks.FullMask(shape)
     block_q, block_kv = program.block_q or 1024, program.block_kv or 1024
-    compute = min(program.compute, block_kv)
+    compute = min(program.compute or 512, block_kv)
     make = functools.partial(
         splash.make_splash_mha_single_device,
         masks.MultiHeadMask([one] * program.heads),

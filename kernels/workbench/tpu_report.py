@@ -10,7 +10,7 @@ same run: one JSON line a kernel, then a table.
     mxu %    matrix-unit slots used, of those between a kernel's first product and its last
     bundles  VLIW bundles in that span, about cycles; of the tile, if the span runs once a step
     trips    how often it runs a tile, if the span is a loop that the compiler left rolled
-    step     what a grid step costs beside the span
+    step     bundles that every grid step costs beside its tile
     spills, fills   registers stored to VMEM and read back in the span
     VMEM     MiB that the compiler gave the kernel: windows, scratch, spills
     x splash bundles of a tile of ours over those of splash; kernels of one pass are added up
@@ -51,12 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             program = Program(
                 direction=direction, chip=chip, tokens=args.tokens, heads=args.heads,
                 kv_heads=args.heads, head_dim=args.head_dim, dtype=args.dtype, mask=args.mask,
-                block_q=args.block_q, block_kv=args.block_kv, compute=args.splash_compute,
+                block_q=args.block_q, block_kv=args.block_kv,
             )  # fmt: skip
             found: dict[str, list[Kernel]] = {}
             for name in (SPLASH, OURS):
                 try:
-                    one = dataclasses.replace(program, implementation=name)
+                    compute = args.compute if name == OURS else args.splash_compute
+                    one = dataclasses.replace(program, implementation=name, compute=compute)
                     found[name] = tpu_programs.compile_program(one)
                 except RuntimeError as error:
                     failures += 1
@@ -83,11 +84,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--block-q", type=int, default=1024)
     parser.add_argument("--block-kv", type=int, default=1024)
-    parser.add_argument(
-        "--splash-compute", type=int, default=512, help="keys that splash takes at a time"
-    )
+    parser.add_argument("--compute", type=int, help="keys that ours takes at a time")
+    parser.add_argument("--splash-compute", type=int, default=512, help="the same of splash")
     args = parser.parse_args(argv)
-    chips = [target.partition(":")[0] for target in args.target]
+    args.chips = chips_of(parser, args.target)
+    args.passes = [args.only] if args.only else list(PASSES)
+    return args
+
+
+def chips_of(parser: argparse.ArgumentParser, targets: Sequence[str]) -> list[str]:
+    """The chips that targets name; the parser's error where they cannot be compiled for."""
+    chips = [target.partition(":")[0] for target in targets]
     chips = list(SLICES) if "all" in chips else ["tpu7x" if c == "v7x" else c for c in chips]
     if unknown := [chip for chip in chips if chip not in SLICES]:
         parser.error(f"{unknown[0]!r} is no TPU of {', '.join(SLICES)}, or all.")
@@ -98,8 +105,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             "it needs the TPU compiler: run it in the environment that `make setup-aot` makes, or "
             "pip install 'burst-jax[aot]'."
         )
-    args.chips, args.passes = chips, [args.only] if args.only else list(PASSES)
-    return args
+    return chips
 
 
 def rows_of(program: Program, found: dict[str, list[Kernel]]) -> list[dict]:

@@ -57,8 +57,8 @@ class Kernel:
         mxu_percent: of the matrix unit's slots between the first product and the last, those used.
         bundles: in that span, about cycles where it runs once a grid step.
         total_bundles: in the whole kernel.
-        step_bundles: of the grid's loop, outside that span and outside branches that a step may
-            skip: what every step costs beside its tile.
+        step_bundles: of the grid's loop, outside all regions with products and outside branches
+            that a step may skip: what every step costs beside its tile.
         matmul_slots, spill_stores, fill_loads: in that span.
         vmem_bytes: all the compiler gave the kernel (windows, scratch, spills); None: not written.
         regions: the span by parts, where branches cut it; the one part of a kernel with one kind of
@@ -178,7 +178,7 @@ def summarize(
         mxu_percent=round(100 * matmul / (capacity * (last - first)), 1),
         bundles=last - first,
         total_bundles=len(slots),
-        step_bundles=_step_bundles(bundles, first, last),
+        step_bundles=_step_bundles(slots, bundles),
         matmul_slots=matmul,
         spill_stores=spill,
         fill_loads=fill,
@@ -204,15 +204,19 @@ def _regions(slots: list[Slots], bundles: list[_Bundle]) -> Iterator[Region]:
             )
 
 
-def _step_bundles(bundles: list[_Bundle], first: int, last: int) -> int:
-    """Bundles of the grid's loop that no step can skip, without the span of the products."""
+def _step_bundles(slots: list[Slots], bundles: list[_Bundle]) -> int:
+    """Bundles of the grid's loop that no step can skip, without those that compute tiles."""
+    active = [i for i, s in enumerate(slots) if s.matmul]
+    busy = {bundles[i].region for i in active}
     starts = {region: i for i, bundle in enumerate(bundles) for region in bundle.starts}
-    skippable = set(range(first, last))
+    skippable = set(range(active[0], active[-1] + 1))
     for i, bundle in enumerate(bundles):
         target = i if bundle.skip_to is None else starts.get(bundle.skip_to, i)
-        if target > i and not i < first < target:  # what leads to the products is no detour
+        if target > i and not i < active[0] < target:  # what leads to the products is no detour
             skippable.update(range(i + 1, target))
-    return sum(b.depth >= 1 and i not in skippable for i, b in enumerate(bundles))
+    return sum(
+        b.depth >= 1 and b.region not in busy and i not in skippable for i, b in enumerate(bundles)
+    )
 
 
 def _vmem_bytes(dump: Path) -> dict[str, int]:
