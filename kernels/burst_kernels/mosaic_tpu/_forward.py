@@ -20,6 +20,8 @@ active pairs (`_active`), so what is masked costs no step, also where positions 
 
 import dataclasses
 import functools
+import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +54,13 @@ from burst_kernels.mosaic_tpu._scores import (
 _FLOOR = -0.5 * float(np.finfo(np.float32).max)
 
 
+class Piece(NamedTuple):
+    """Start and number of the queries and of the keys of a piece of a pair of blocks."""
+
+    q: tuple[int, int]
+    kv: tuple[int, int]
+
+
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """The static sizes of one call.
@@ -59,7 +68,8 @@ class Sizes:
     Attributes:
         B, t, s, N, K, H, Hv: see the tile contract.
         block_q, block_kv: tokens in a block; the last block of an array may be shorter.
-        block_compute: keys whose scores are held at once; divides block_kv.
+        compute_q, compute_kv: tokens in a piece, at most; multiples of 128.
+        ahead: whether the scores of a piece are computed before the softmax of the one before it.
     """
 
     B: int
@@ -71,7 +81,9 @@ class Sizes:
     Hv: int
     block_q: int
     block_kv: int
-    block_compute: int
+    compute_q: int
+    compute_kv: int
+    ahead: bool
 
     @property
     def num_q(self) -> int:
@@ -80,6 +92,16 @@ class Sizes:
     @property
     def num_kv(self) -> int:
         return pl.cdiv(self.s, self.block_kv)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The pieces of a pair of blocks: all keys of some queries, then the next queries."""
+
+        def cut(block: int, piece: int) -> list[tuple[int, int]]:
+            return [(at, min(piece, block - at)) for at in range(0, block, piece)]
+
+        both = itertools.product(cut(self.block_q, self.compute_q), cut(self.block_kv, self.compute_kv))
+        return [Piece(*piece) for piece in both]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +174,7 @@ def tile_forward(
         input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=_config.vmem_limit(config.chip),
+            vmem_limit_bytes=_config.vmem_limit(_config.chip_name(config)),
         ),
         cost_estimate=_cost(sizes, q.dtype.itemsize),
         interpret=pltpu.InterpretParams() if config.interpret else False,
@@ -162,17 +184,23 @@ def tile_forward(
 
 
 def _sizes(q, k, v, tile: Tile, config: TileConfig | None) -> tuple[Sizes, TileConfig]:
-    """The sizes of a call, checked: block sizes that the config leaves open are chosen."""
+    """The sizes of a call, checked; what the config leaves open is chosen."""
     config = config or TileConfig()
     problem = _config.problem_of(q, k, v, tile)
     chip = _config.chip_name(config)
     if (reason := _config.refuses(problem, chip)) is not None:
         raise NotImplementedError(reason)
-    config = dataclasses.replace(_config.configure(problem, chip, config), chip=chip)
-    sizes = {name: getattr(problem, name) for name in ("B", "t", "s", "N", "K", "H", "Hv")}
-    assert config.block_q and config.block_kv and config.block_compute
-    blocks = (config.block_q, config.block_kv, config.block_compute)
-    return Sizes(**sizes, **dict(zip(_config.BLOCKS, blocks, strict=True))), config
+    config = _config.configure_forward(problem, chip, dataclasses.replace(config, chip=chip))
+    assert config.block_q and config.block_kv and config.block_compute and config.block_compute_q
+    sizes = Sizes(
+        **{name: getattr(problem, name) for name in ("B", "t", "s", "N", "K", "H", "Hv")},
+        block_q=config.block_q,
+        block_kv=config.block_kv,
+        compute_q=config.block_compute_q,
+        compute_kv=config.block_compute,
+        ahead=_config.GENERATIONS[chip].pieces.ahead,
+    )
+    return sizes, config
 
 
 def _like(x: Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
@@ -311,34 +339,51 @@ def _begin(r: Refs, tile: Tile) -> None:
 
 def _attend(r: Refs, sizes: Sizes, tile: Tile, masked_at: Int32[Array, ""] | None) -> None:
     """Adds a block of keys to the online softmax; masked_at: its index, if some are masked."""
-    c, piece = exponent(tile), sizes.block_compute
-    q = r.q[...]
-    q_mask = None
-    if masked_at is not None:
-        q_mask = [column(r.q_mask[n : n + 1]) for n in range(r.q_mask.shape[0])]
-    for start in range(0, sizes.block_kv, piece):
-        at = pl.ds(start, piece)
-        v = r.v[at]
-        # scores
-        scores = capped(matmul(q, r.k[at], ROWS), tile)
-        if masked_at is not None:
-            kv_mask = [r.kv_mask[n : n + 1, at] for n in range(r.kv_mask.shape[0])]
-            visible = seen([across(x, piece) for x in q_mask], kv_mask, tile)
-            scores = jnp.where(visible, scores, -jnp.inf)
-            if sizes.s % sizes.block_kv:  # What lies behind the last key may be NaN.
-                key = jax.lax.broadcasted_iota(jnp.int32, v.shape, 0)
-                v = jnp.where(key < sizes.s - masked_at * sizes.block_kv - start, v, 0)
-        # softmax
-        before = r.m[...]
-        m = jnp.maximum(before, scores.max(1, keepdims=True))
-        p = jnp.exp2((scores - across(m, piece)) * c)
-        shrink = jnp.exp2((before - m) * c)
-        parts = [p[:, lane : lane + LANES] for lane in range(0, piece, LANES)]
-        r.m[...] = m
-        r.l[...] = shrink * r.l[...] + functools.reduce(jnp.add, parts)
-        # accumulate
-        added = matmul(p.astype(v.dtype), v, PLAIN)
-        r.acc[...] = across(shrink, sizes.Hv) * r.acc[...] + added
+    waiting = None
+    for piece, after in itertools.zip_longest(sizes.pieces, sizes.pieces[1:]):
+        here = _scores(r, piece, tile, masked_at) if waiting is None else waiting
+        waiting = _scores(r, after, tile, masked_at) if sizes.ahead and after else None
+        _accumulate(r, piece, here, sizes, tile, masked_at)
+
+
+def _scores(
+    r: Refs, piece: Piece, tile: Tile, masked_at: Int32[Array, ""] | None
+) -> Float[Array, "pq pkv"]:
+    """The scores of a piece, -inf where a pair does not count."""
+    q_at, kv_at = pl.ds(*piece.q), pl.ds(*piece.kv)
+    scores = capped(matmul(r.q[q_at], r.k[kv_at], ROWS), tile)
+    if masked_at is None:
+        return scores
+    assert r.q_mask is not None and r.kv_mask is not None
+    q_mask = [
+        across(column(r.q_mask[n : n + 1, q_at]), piece.kv[1]) for n in range(r.q_mask.shape[0])
+    ]
+    kv_mask = [r.kv_mask[n : n + 1, kv_at] for n in range(r.kv_mask.shape[0])]
+    return jnp.where(seen(q_mask, kv_mask, tile), scores, -jnp.inf)
+
+
+def _accumulate(
+    r: Refs,
+    piece: Piece,
+    scores: Float[Array, "pq pkv"],
+    sizes: Sizes,
+    tile: Tile,
+    masked_at: Int32[Array, ""] | None,
+) -> None:
+    """Softmax and accumulation of a piece."""
+    c, (start, width), at = exponent(tile), piece.kv, pl.ds(*piece.q)
+    v = r.v[pl.ds(start, width)]
+    if masked_at is not None and sizes.s % sizes.block_kv:  # Behind the last key lies anything.
+        key = jax.lax.broadcasted_iota(jnp.int32, v.shape, 0)
+        v = jnp.where(key < sizes.s - start - masked_at * sizes.block_kv, v, jnp.zeros_like(v))
+    before = r.m[at]
+    m = jnp.maximum(before, scores.max(1, keepdims=True))
+    p = jnp.exp2((scores - across(m, width)) * c)
+    shrink = jnp.exp2((before - m) * c)
+    parts = [p[:, lane : lane + LANES] for lane in range(0, width, LANES)]
+    r.m[at] = m
+    r.l[at] = shrink * r.l[at] + functools.reduce(jnp.add, parts)
+    r.acc[at] = across(shrink, sizes.Hv) * r.acc[at] + matmul(p.astype(v.dtype), v, PLAIN)
 
 
 def _end(r: Refs, tile: Tile) -> None:
