@@ -1,8 +1,8 @@
 """The TPU tiles on a TPU, and what they share with it that can be seen without one.
 
-Every case runs on the device where there is one (`pytest -m tpu`). Here each runs interpreted, a
-few of them at first hand and the rest with `make test-slow`; and the real compiler compiles each
-kernel for each chip (`make test-aot`).
+Every case runs on the device where there is one (`pytest -m tpu`), and a few interpreted here, with
+`make test-slow`; test_mosaic_tpu_forward.py and test_mosaic_tpu_backward.py interpret many more.
+The real compiler compiles each kernel for each chip (`make test-aot`).
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ from jax.sharding import AxisType
 from test_tile_contract import Case, start, zigzag
 
 import burst_jax as bj
-from burst_kernels import TileConfig, mosaic_tpu, xla
+from burst_kernels import Tile, TileConfig, mosaic_tpu, xla
+from workbench import tpu_programs
 
-CHIPS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 BLOCKS = TileConfig(block_q=128, block_kv=128)
 
 
@@ -67,15 +67,21 @@ CASES = (
     Case("wide heads", t=140, s=270, H=192, Hv=128, N=2, K=1, right=0,
          q_positions=start(90), kv_positions=start(0)),
 )  # fmt: skip
-QUICK = {"odd lengths, nothing is masked", "positions in no order, of each sequence"}
+# What the other tests do not interpret: rows of tokens that only one side has.
+INTERPRETED = {
+    "positions in no order, of each sequence",
+    "positions of each query row, keys shared",
+    "queries shared, positions of each key row",
+}
 
 
 def anywhere(*cases: Case) -> list:
-    """Each case on a TPU; interpreted here, those that are not quick among the slow tests."""
+    """Each case on a TPU, and some of them interpreted."""
     device = [pytest.param(c, False, marks=pytest.mark.tpu, id=f"{c}, TPU") for c in cases]
-    slow = {c.name: () if c.name in QUICK else (pytest.mark.slow,) for c in cases}
     return device + [
-        pytest.param(c, True, marks=slow[c.name], id=f"{c}, interpreted") for c in cases
+        pytest.param(c, True, marks=pytest.mark.slow, id=f"{c}, interpreted")
+        for c in cases
+        if c.name in INTERPRETED
     ]
 
 
@@ -145,8 +151,59 @@ def test_a_ring_over_all_tpus_of_this_machine_is_attention(backward):
     plan = bj.Plan(backward=backward)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         want = oracle.truth(x, mask=bj.Mask.causal())
-    got = oracle.sharded(
-        x, where, mask=bj.Mask.causal(), plan=plan, implementation="mosaic_tpu"
-    )
+    got = oracle.sharded(x, where, mask=bj.Mask.causal(), plan=plan, implementation="mosaic_tpu")
     for name, a, b in zip(oracle.Results._fields[:5], got, want, strict=False):
         assert oracle.error(a, b) < 1e-5, name
+
+
+# The real compiler, for every chip.
+
+
+def shaped(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def kernels_in(compiled: jax.stages.Compiled) -> int:
+    return compiled.as_text().count('custom_call_target="tpu_custom_call"')
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", tpu_programs.SLICES)
+def test_every_kernel_compiles_for_every_chip_with_all_that_a_tile_may_ask(chip):
+    """Forward, fused and split backward, masked in every way, onto what was there before."""
+    B, N, K, t, s, H, Hv = 2, 4, 2, 1000, 1300, 80, 128
+    blocks = TileConfig(block_q=256, block_kv=256, chip=chip)
+
+    def everything(q, k, v, do, lse, delta, q_tokens, kv_tokens):
+        tile = Tile(
+            scale=0.1, logits_soft_cap=5.0, left=300, right=4,
+            q_positions=q_tokens[0], kv_positions=kv_tokens[0],
+            q_segments=q_tokens[1:], kv_segments=kv_tokens[1:],
+        )  # fmt: skip
+        seen = mosaic_tpu.tile_forward(q, k, v, tile, blocks)
+        seen = mosaic_tpu.tile_forward(q, k, v, tile, blocks, seen)
+        onto = (None, None, None)
+        for fused in (True, False):
+            config = dataclasses.replace(blocks, fused_backward=fused)
+            onto = mosaic_tpu.tile_backward(q, k, v, do, lse, delta, tile, config, onto)
+        return seen, onto
+
+    for dtype in (jnp.bfloat16, jnp.float32):
+        q, k = shaped(B, N, t, H, dtype=dtype), shaped(B, K, s, H, dtype=dtype)
+        v, do = shaped(B, K, s, Hv, dtype=dtype), shaped(B, N, t, Hv, dtype=dtype)
+        rows = shaped(B, N, t)
+        tokens = (shaped(3, B, n, dtype=jnp.int32) for n in (t, s))
+        args = tpu_programs.on_one(chip, q, k, v, do, rows, rows, *tokens)
+        assert kernels_in(jax.jit(everything).lower(*args).compile()) >= 5
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", tpu_programs.SLICES)
+def test_blocks_of_its_own_choice_fit_every_chip(chip):
+    for direction in tpu_programs.PASSES:
+        program = tpu_programs.Program(
+            chip=chip, direction=direction, mask="causal", tokens=16384, kv_heads=2,
+            block_q=None, block_kv=None,
+        )  # fmt: skip
+        args = tpu_programs.on_one(chip, *tpu_programs.arguments(program))
+        assert kernels_in(jax.jit(tpu_programs.function(program)).lower(*args).compile()) >= 1

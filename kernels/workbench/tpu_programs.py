@@ -196,16 +196,18 @@ def _reason(stderr: str) -> str:
     return " ".join(line.strip() for line in lines[errors[-1] if errors else -1 :])[:600]
 
 
+def on_one(chip: str, *shapes: jax.ShapeDtypeStruct) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes of arrays on one device of a chip that is not here: what to lower a function with."""
+    # A v4 chip is one device of two cores, as JAX runs it, and not two devices.
+    kwargs = {"chip_config_name": "megacore"} if chip == "v4" else {}
+    slice_ = topologies.get_topology_desc(platform="tpu", topology_name=SLICES[chip], **kwargs)
+    here = NamedSharding(Mesh(np.array(slice_.devices[:1]), ("one",)), PartitionSpec())
+    return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for x in shapes)
+
+
 def _child(spec: str) -> None:
     program = Program(**json.loads(spec))
-    # A v4 chip is one device of two cores, as JAX runs it, and not two devices.
-    kwargs = {"chip_config_name": "megacore"} if program.chip == "v4" else {}
-    device = topologies.get_topology_desc(
-        platform="tpu", topology_name=SLICES[program.chip], **kwargs
-    ).devices[0]
-    here = NamedSharding(Mesh(np.array([device]), ("one",)), PartitionSpec())
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for x in arguments(program)]
-    jax.jit(function(program)).lower(*shapes).compile()
+    jax.jit(function(program)).lower(*on_one(program.chip, *arguments(program))).compile()
 
 
 if __name__ == "__main__":

@@ -101,6 +101,20 @@ def padded_tokens(tokens: Tokens, block: int, *, repeat: bool = False) -> Tokens
     return Tokens(positions, jnp.pad(tokens.segments, ((0, 0), (0, 0), (0, missing))))
 
 
+def of_equal_rows(q: Tokens, kv: Tokens) -> tuple[Tokens, Tokens]:
+    """Both sides with a row for each sequence where one side has: kernels read row by row."""
+    rows = max(q.positions.shape[0], kv.positions.shape[0])
+
+    def spread(tokens: Tokens) -> Tokens:
+        positions, segments = tokens
+        n, kinds = positions.shape[1], segments.shape[0]
+        return Tokens(
+            jnp.broadcast_to(positions, (rows, n)), jnp.broadcast_to(segments, (kinds, rows, n))
+        )
+
+    return spread(q), spread(kv)
+
+
 def stacked(tokens: Tokens) -> Int32[Array, "b rows n"]:
     """Positions and then the segment ids of each kind, of one row of tokens side by side."""
     parts = (tokens.positions[None], tokens.segments)

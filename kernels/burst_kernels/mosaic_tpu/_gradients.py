@@ -16,7 +16,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from burst_kernels._config import TileConfig
 from burst_kernels._tile import Tile
-from burst_kernels.mosaic_tpu._active import Active, Order, active_pairs, every_pair, padded_tokens
+from burst_kernels.mosaic_tpu._active import (
+    Active,
+    Order,
+    active_pairs,
+    every_pair,
+    of_equal_rows,
+    padded_tokens,
+)
 from burst_kernels.mosaic_tpu._config import chip_name, vmem_limit
 from burst_kernels.mosaic_tpu._scores import (
     ROWS,
@@ -114,7 +121,7 @@ def active_steps(
     """The steps of a grid; what masks ask of the tokens, where some pairs are masked."""
     if not tile.masked and not g.ragged:
         return every_pair(g.num_q, g.num_kv, order), None, None
-    q, kv = tile.queries(g.t), tile.keys(g.s)
+    q, kv = of_equal_rows(tile.queries(g.t), tile.keys(g.s))
     if not tile.masked:  # Constants must vary over the mesh axes that the operands vary over.
         q, kv = jax.tree.map(lambda x: jnp.zeros_like(like, shape=x.shape, dtype=x.dtype), (q, kv))
     q, kv = padded_tokens(q, g.block_q), padded_tokens(kv, g.block_kv)
@@ -126,7 +133,8 @@ def block_specs(g: Geometry, x: Operands, place: Callable[..., Place]) -> Operan
     """The block of each operand, absent ones too, at the step `place(*grid indices, steps)`."""
 
     def spec(block: tuple, index: Callable[[Place], tuple]) -> pl.BlockSpec:
-        return pl.BlockSpec(block, lambda *args: index(place(*args)))
+        # With x64 on, an index that is a Python integer would be an int64, which no TPU has.
+        return pl.BlockSpec(block, lambda *args: tuple(map(jnp.int32, index(place(*args)))))
 
     def of_queries(width: int) -> pl.BlockSpec:
         return spec((None, None, g.block_q, width), lambda p: (p.batch, p.head, p.i, 0))
@@ -260,7 +268,9 @@ def parts(
         ds = p * (matmul(v, do, ROWS) - delta)
         if tile.logits_soft_cap is not None:
             ds *= 1.0 - (scores * (1 / tile.logits_soft_cap)) ** 2
-        yield Part(keys, q, k, do, p.astype(q.dtype), ds.astype(q.dtype))
+        import os
+        V = os.environ.get("VAR", "C")
+        yield Part(keys, q, k, do, p.astype(q.dtype), ds if V in "ABD" else ds.astype(q.dtype))
 
 
 def _visible(x: Operands, keys: pl.Slice, tile: Tile) -> Bool[Array, "c r"]:
