@@ -80,10 +80,114 @@ def problem_of(q: Array, k: Array, v: Array, tile: Tile) -> Problem:
         masked=tile.masked,
         kinds=0 if tile.q_segments is None else tile.q_segments.shape[0],
     )  # fmt: skip
+
+
 def refuses(problem: Problem, chip: str) -> str | None:
-    if problem.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"{problem.dtype} no"
+    """Why these kernels cannot compute such tiles on that chip, in a sentence; None: they can."""
+    dtype = jnp.dtype(problem.dtype)
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return f"TPU kernels take bfloat16 and float32; the compiler has no {dtype.name} vectors."
+    if max(problem.H, problem.Hv) > MAX_HEAD_DIM:
+        return (
+            f"TPU kernels take head dims up to {MAX_HEAD_DIM}, which is what was compiled, and got "
+            f"{problem.H} and {problem.Hv}."
+        )
+    block_q, block_kv = _blocks(problem, chip, TileConfig())
+    pairs = -(-problem.t // block_q) * -(-problem.s // block_kv)
+    if pairs > MAX_STEPS:
+        return (
+            f"{problem.t} queries and {problem.s} keys on one device are {pairs} pairs of blocks, "
+            f"and scalar memory lists {MAX_STEPS}; more devices make shorter shards."
+        )
     return None
+
+
+def configure_forward(problem: Problem, chip: str, config: TileConfig) -> TileConfig:
+    """The config with the fields of the forward filled in.
+
+    Raises:
+        ValueError: sizes that are given do not fit, with some that would.
+    """
+    for name in ("block_q", "block_kv", "block_compute", "block_compute_q"):
+        size = getattr(config, name)
+        if size is not None and size % LANES:
+            raise ValueError(
+                f"TileConfig.{name}={size} is no multiple of {LANES}, a TPU vector's lanes: "
+                f"{-(-size // LANES) * LANES} would do, or None to let the backend choose."
+            )
+    filled = _filled(config, chip, *_blocks(problem, chip, config))
+    _check_vmem(problem, chip, filled)
+    return filled
+
+
+def vmem_bytes(problem: Problem, chip: str, config: TileConfig) -> int:
+    """Vector memory that the forward takes, as an upper estimate. All sizes of the config are set.
+
+    Blocks of operands and results stand twice, one computed on and one on its way; rows of 128
+    lanes; `onto` is counted. Pieces: scores in float32, and probabilities as operands.
+    """
+    assert config.block_q and config.block_kv and config.block_compute and config.block_compute_q
+    H, Hv = (-(-dim // LANES) * LANES for dim in (problem.H, problem.Hv))
+    item = jnp.dtype(problem.dtype).itemsize
+    ahead = GENERATIONS[chip].pieces.ahead
+    mask_rows = -(-(2 + problem.kinds) // 8) * 8
+    queries = H * item + 4 * (2 * Hv + 16 + mask_rows)
+    keys = (H + Hv) * item + 4 * mask_rows
+    scratch = 4 * (2 * LANES + Hv)
+    piece = config.block_compute_q * config.block_compute * (4 + item) * (1 + ahead)
+    return config.block_q * (2 * queries + scratch) + config.block_kv * 2 * keys + piece
+
+
+def _check_vmem(problem: Problem, chip: str, config: TileConfig) -> None:
+    needed, limit = vmem_bytes(problem, chip, config), vmem_limit(chip)
+    if needed <= limit:
+        return
+    open_again = dict(block_q=None, block_kv=None, block_compute=None, block_compute_q=None)
+    block_q, block_kv = _blocks(problem, chip, dataclasses.replace(config, **open_again))
+    raise ValueError(
+        f"TileConfig(block_q={config.block_q}, block_kv={config.block_kv}, "
+        f"block_compute={config.block_compute}, block_compute_q={config.block_compute_q}) takes "
+        f"about {needed / MIB:.0f} MiB of vector memory at head dim {problem.H}, and a kernel has "
+        f"{limit / MIB:.0f} MiB on {chip}: TileConfig(block_q={block_q}, block_kv={block_kv}) fits."
+    )
+
+
+def _blocks(problem: Problem, chip: str, config: TileConfig) -> tuple[int, int]:
+    """block_q and block_kv: as given, else the largest that fit; the smallest if none do."""
+    block_q = block_kv = LANES
+    for most_q, most_kv in _candidates():
+        block_q = config.block_q or _block(problem.t, most_q)
+        block_kv = config.block_kv or _block(problem.s, most_kv)
+        filled = _filled(config, chip, block_q, block_kv)
+        if vmem_bytes(problem, chip, filled) <= vmem_limit(chip):
+            break
+    return block_q, block_kv
+
+
+def _candidates() -> Iterator[tuple[int, int]]:
+    """Greatest blocks to try: halved in turns, keys first, since queries stay while keys go by."""
+    most_q = most_kv = _BLOCK
+    while True:
+        yield most_q, most_kv
+        if most_kv > most_q // 2 and most_kv > LANES:
+            most_kv //= 2
+        elif most_q > LANES:
+            most_q //= 2
+        else:
+            return
+
+
+def _filled(config: TileConfig, chip: str, block_q: int, block_kv: int) -> TileConfig:
+    pieces = GENERATIONS[chip].pieces
+    return dataclasses.replace(
+        config,
+        block_q=block_q,
+        block_kv=block_kv,
+        block_compute=min(config.block_compute or pieces.kv, block_kv),
+        block_compute_q=min(config.block_compute_q or pieces.q, block_q),
+    )
+
+
 def _block(n: int, most: int) -> int:
     """A block of at most `most` tokens: little padding, few blocks, one cut in the middle.
 
@@ -94,16 +198,7 @@ def _block(n: int, most: int) -> int:
     def cost(block: int) -> tuple[int, int]:
         blocks = -(-n // block)
         straddles = blocks > 1 and n % 2 == 0 and (n // 2) % block
-        # What a step costs besides its tokens is about that of half a vector of lanes more.
-        return blocks * block + blocks * LANES // 2 + (block if straddles else 0), -block
+        # What a step costs besides its tokens is set to that of half a vector of lanes of them.
+        return blocks * (block + LANES // 2) + (block if straddles else 0), -block
 
     return min(range(LANES, most + 1, LANES), key=cost)
-
-
-def configure_forward(problem: Problem, chip: str, config: TileConfig) -> TileConfig:
-    bq = config.block_q or _block(problem.t, 1024)
-    bkv = config.block_kv or _block(problem.s, 1024)
-    p=GENERATIONS[chip].pieces
-    return dataclasses.replace(config, block_q=bq, block_kv=bkv, block_compute=min(config.block_compute or p.kv, bkv),
-       block_compute_q=min(config.block_compute_q or p.q,bq))
-configure = configure_forward

@@ -1,7 +1,7 @@
 """Forward tile for TPU: FlashAttention-2's loop order (arXiv 2307.08691, Alg. 1) in Pallas.
 
-One step of the grid (sequence, query head, step of the active list) is one pair of blocks. The
-pipeline of Pallas fetches the blocks of step n + 1 and writes those of step n - 1 while step n runs:
+One step of the grid (sequence, query head, step of the active list) is one pair of blocks. Pallas
+fetches the blocks of step n + 1 and writes those of step n - 1 while step n runs:
 
     load        q block: once a block of queries.  k, v blocks: each step.  onto: with q.
     begin       m, l, acc <- nothing seen, or `onto`               first step of a block of queries
@@ -10,12 +10,13 @@ pipeline of Pallas fetches the blocks of step n + 1 and writes those of step n -
     accumulate  acc = 2^(c (m - m')) acc + p v                     matrix unit
     end         out = acc / sum l, lse                             last step of a block of queries
 
-A block of keys is computed in pieces whose stages are independent but for m, so that the compiler
-fills the matrix unit with one piece while the vector unit is busy with another. We differ from the
-paper, and from JAX's splash attention, in three things. Scale and base of the exponential are one
-factor, applied after the maximum is taken off. The sum of a row stays 128 partial sums, one a
-lane, until the row is done: no reduction across lanes but the maximum's. And the grid is the list of
-active pairs (`_active`), so what is masked costs no step, also where positions are known as data only.
+A pair of blocks is computed in pieces, some queries against some keys, whose stages are independent
+but for m: so the compiler fills the matrix unit with one piece while the vector unit is busy with
+another. We differ from the paper, and from JAX's splash attention, in three things. Scale and base
+of the exponential are one factor, applied after the maximum is taken off. The sum of a row stays
+128 partial sums, one a lane, until the row is done: no reduction across lanes but the maximum's.
+And the grid is the list of active pairs (`_active`), so what is masked costs no step, also where
+positions are known only as data.
 """
 
 import dataclasses
@@ -33,7 +34,14 @@ from jaxtyping import Array, Float, Int32
 from burst_kernels._config import TileConfig
 from burst_kernels._tile import FULL, PARTIAL, Tile
 from burst_kernels.mosaic_tpu import _config
-from burst_kernels.mosaic_tpu._active import Active, Step, active_pairs, every_pair, padded_tokens
+from burst_kernels.mosaic_tpu._active import (
+    Active,
+    Step,
+    active_pairs,
+    every_pair,
+    of_equal_rows,
+    padded_tokens,
+)
 from burst_kernels.mosaic_tpu._scores import (
     LANES,
     PLAIN,
@@ -100,7 +108,9 @@ class Sizes:
         def cut(block: int, piece: int) -> list[tuple[int, int]]:
             return [(at, min(piece, block - at)) for at in range(0, block, piece)]
 
-        both = itertools.product(cut(self.block_q, self.compute_q), cut(self.block_kv, self.compute_kv))
+        both = itertools.product(
+            cut(self.block_q, self.compute_q), cut(self.block_kv, self.compute_kv)
+        )
         return [Piece(*piece) for piece in both]
 
 
@@ -215,7 +225,7 @@ def _pairs(
     """The steps of the grid; what masks ask of the tokens, where some pairs are masked."""
     if not tile.masked and sizes.s % sizes.block_kv == 0:
         return every_pair(sizes.num_q, sizes.num_kv, "q"), None, None
-    q, kv = tile.queries(sizes.t), tile.keys(sizes.s)
+    q, kv = of_equal_rows(tile.queries(sizes.t), tile.keys(sizes.s))
     if not tile.masked:  # Fresh constants would lack the mesh axes of the operands.
         q, kv = jax.tree.map(lambda x: jnp.zeros_like(like, shape=x.shape, dtype=x.dtype), (q, kv))
     q = padded_tokens(q, sizes.block_q, repeat=True)
@@ -229,17 +239,18 @@ def _by_sequence(q, k, v, tile: Tile, config: TileConfig, onto):
     """One sequence after the other: where the lists of all of them overflow scalar memory."""
 
     def one(n: Int32[Array, ""]):
-        def row(x: Array | None, axis: int = 0):
-            if x is None or x.shape[axis] == 1:
-                return x
-            return jax.lax.dynamic_slice_in_dim(x, n, 1, axis)
+        def row(x: Array, axis: int = 0) -> Array:
+            return x if x.shape[axis] == 1 else jax.lax.dynamic_slice_in_dim(x, n, 1, axis)
+
+        def maybe(x: Array | None, axis: int) -> Array | None:
+            return None if x is None else row(x, axis)
 
         of_row = dataclasses.replace(
             tile,
-            q_positions=row(tile.q_positions),
-            kv_positions=row(tile.kv_positions),
-            q_segments=row(tile.q_segments, 1),
-            kv_segments=row(tile.kv_segments, 1),
+            q_positions=maybe(tile.q_positions, 0),
+            kv_positions=maybe(tile.kv_positions, 0),
+            q_segments=maybe(tile.q_segments, 1),
+            kv_segments=maybe(tile.kv_segments, 1),
         )
         before = None if onto is None else (row(onto[0]), row(onto[1]))
         out, lse = tile_forward(row(q), row(k), row(v), of_row, config, before)
@@ -255,7 +266,8 @@ def _specs(sizes: Sizes, active: Active, shapes: dict[str, tuple]) -> dict[str, 
     def block(size: tuple[int | None, ...], place) -> pl.BlockSpec:
         def index(b, n, p, steps):
             step = active.at(steps, p)
-            return place(b if active.rows == 1 else step.row, n, step)
+            # With x64 on, an index that is a Python integer would be an int64, which no TPU has.
+            return tuple(map(jnp.int32, place(b if active.rows == 1 else step.row, n, step)))
 
         return pl.BlockSpec(size, index)
 
@@ -308,28 +320,23 @@ def _forward_kernel(
     """One pair of blocks; the stages are drawn at the head of this file."""
     r = Refs(**dict(zip((*names, "m", "l", "acc"), refs, strict=True)))
     step = active.at(steps, pl.program_id(2))
+    pl.when(step.first_of_q == 1)(lambda: _begin(r, tile))
     if r.q_mask is None:
-        _when(step.first_of_q == 1, lambda: _begin(r, tile))
         _attend(r, sizes, tile, None)
-        _when(step.last_of_q == 1, lambda: _end(r, tile))
-        return
-    _when(step.first_of_q == 1, lambda: _begin(r, tile))
-    _when(step.kind == FULL, lambda: _attend(r, sizes, tile, None))
-    _when(step.kind == PARTIAL, lambda: _attend(r, sizes, tile, step.j))
-    _when(step.last_of_q == 1, lambda: _end(r, tile))
-
-
-def _when(condition, stage) -> None:
-    pl.when(condition)(stage)
+    else:
+        pl.when(step.kind == FULL)(lambda: _attend(r, sizes, tile, None))
+        pl.when(step.kind == PARTIAL)(lambda: _attend(r, sizes, tile, step.j))
+    pl.when(step.last_of_q == 1)(lambda: _end(r, tile))
 
 
 def _begin(r: Refs, tile: Tile) -> None:
     """A block of queries saw nothing yet, or what it saw is a softmax whose sum is one."""
     if r.onto_out is None:
-        r.m[...] = jnp.full_like(r.m, _FLOOR)
-        r.l[...] = jnp.zeros_like(r.l)
-        r.acc[...] = jnp.zeros_like(r.acc)
+        r.m[...] = jnp.full(r.m.shape, _FLOOR, jnp.float32)
+        r.l[...] = jnp.zeros(r.l.shape, jnp.float32)
+        r.acc[...] = jnp.zeros(r.acc.shape, jnp.float32)
         return
+    assert r.onto_lse is not None
     lse = column(r.onto_lse[...])
     saw = lse > -jnp.inf
     r.m[...] = jnp.where(saw, lse * (1 / factor(tile)), _FLOOR)
