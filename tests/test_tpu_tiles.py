@@ -114,7 +114,7 @@ def test_float32_tiles_are_attention_and_its_gradients(case, interpret):
         assert oracle.error(got, true) < 1e-5, name
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16"])
 @pytest.mark.parametrize("case, interpret", anywhere(*CASES[3:5], CASES[8], CASES[14]))
 def test_narrow_tiles_are_as_exact_as_plain_attention_in_their_dtype(case, interpret, dtype):
     tile, x, want = wanted(case, dtype)

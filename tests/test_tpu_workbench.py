@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from burst_kernels import TileConfig
 from workbench import tpu_check, tpu_programs, tpu_report, tpu_schedule, tpu_sweep
 
 UTILIZATION = """== CAPACTIY:
@@ -210,14 +211,24 @@ def test_of_candidates_that_are_alike_the_one_with_the_least_vmem_wins():
 
 
 def test_the_table_keeps_the_chips_that_were_not_swept(libtpu):
-    text = tpu_sweep.updated("", [tile_score(1.1, 5), tile_score(1.2, 5, chip="v6e")])
-    text = tpu_sweep.updated(text, [tile_score(1.3, 5, chip="v6e", block_q=2048)])
+    text = tpu_sweep.updated(
+        "", [tile_score(1.1, 5, compute_q=256), tile_score(1.2, 5, chip="v6e")]
+    )
+    backward = tile_score(1.3, 5, chip="v6e", direction="backward")
+    text = tpu_sweep.updated(text, [tile_score(1.3, 5, chip="v6e", block_q=2048), backward])
     there: dict = {}
     exec(text, there)
     assert there["WINNERS"] == {
-        ("v5e", "forward", 128): (1024, 1024, 512),
-        ("v6e", "forward", 128): (2048, 1024, 512),
+        ("v5e", "forward"): dict(
+            block_q=1024, block_kv=1024, block_compute_q=256, block_compute=512
+        ),
+        ("v6e", "forward"): dict(block_q=2048, block_kv=1024, block_compute=512),
+        ("v6e", "backward"): dict(
+            block_q_backward=1024, block_kv_backward=1024, block_compute_backward=512
+        ),
     }
+    names = {name for sizes in there["WINNERS"].values() for name in sizes}
+    assert names <= {field.name for field in dataclasses.fields(TileConfig)}
 
 
 # The check.

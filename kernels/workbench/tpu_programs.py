@@ -51,6 +51,7 @@ class Program:
         dtype: of q, k, v and do.
         block_q, block_kv: tokens in a block; None: our choice.
         compute: keys whose scores are held at once; None: our choice, 512 for splash.
+        compute_q: queries, the same, of our forward.
         mask: "full" (no positions at all) or "causal".
     """
 
@@ -65,6 +66,7 @@ class Program:
     block_q: int | None = 1024
     block_kv: int | None = 1024
     compute: int | None = None
+    compute_q: int | None = None
     mask: str = "full"
 
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -108,6 +110,7 @@ def _ours(program: Program, interpret: bool) -> Callable[..., Any]:
         block_q=program.block_q,
         block_kv=program.block_kv,
         block_compute=program.compute,
+        block_compute_q=program.compute_q,
         chip=program.chip,
         interpret=interpret,
     )

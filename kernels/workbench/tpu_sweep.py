@@ -1,11 +1,11 @@
 """Block sizes for each TPU, by the compiler's schedule: remakes the table of winners. No TPU.
 
-    python -m workbench.tpu_sweep all --write        in the environment of `make test-aot`
+    python -m workbench.tpu_sweep all --write        in the environment of `make setup-aot`
 
-Each candidate (block_q, block_kv, block_compute) is compiled for the chip with a causal mask, so
-that the schedule of full tiles and of partial ones is known. Its score is the estimated time of a
-device's part of a training step's attention: a causal zigzag ring over R devices, the home hop and
-R - 1 others, in units of what a full matrix unit would take:
+Each candidate (blocks, and the pieces they are computed in) is compiled for the chip with a causal
+mask, so that the schedule of full tiles and of partial ones is known. Its score is the estimated
+time of a device's part of a causal zigzag ring over 8 devices, the home hop and 7 others, over that
+of a full matrix unit and no wasted work:
 
     tiles that are executed x (bundles of their kind + what a grid step costs)
     or, a step, the bytes that come and go at the speed of HBM, where that is more
@@ -21,6 +21,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -32,8 +33,14 @@ from workbench.tpu_programs import PASSES, Program
 from workbench.tpu_schedule import Kernel, Region
 
 TABLE = Path(__file__).resolve().parents[1] / "burst_kernels" / "mosaic_tpu" / "_winners.py"
-BLOCKS = (1024, 2048)
-COMPUTE = (512, 1024)
+# (block_q, block_kv).
+BLOCKS = ((1024, 1024), (1024, 2048), (2048, 2048))
+# Queries and keys that a pass computes at once; our backward takes all queries of a block. Those of
+# the forward were each the best of many for some chip, at 1024 x 1024.
+PIECES = {
+    "forward": ((256, 1024), (512, 1024), (1024, 256)),
+    "backward": ((None, 512), (None, 1024)),
+}
 RING = 8
 _VERSIONS = {"v4": "v4", "v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "tpu7x": "7x"}
 _ALIKE = 1.01
@@ -65,41 +72,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("target", nargs="+", help="v5e, v6e, ..., or all")
     parser.add_argument("--only", choices=PASSES)
     parser.add_argument("--tokens", type=int, default=16384, help="of one device")
-    parser.add_argument("--head-dim", type=int, nargs="+", default=[128])
-    parser.add_argument("--blocks", type=int, nargs="+", default=BLOCKS)
-    parser.add_argument("--compute", type=int, nargs="+", default=COMPUTE)
-    parser.add_argument("--write", action="store_true", help=f"rewrite {TABLE.name}")
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument(
+        "--write", action="store_true", help=f"rewrite {TABLE.name}, at head dim 128"
+    )
     args = parser.parse_args(argv)
     chips = tpu_report.chips_of(parser, args.target)
     winners = []
-    for chip in chips:
-        for head_dim, direction in itertools.product(args.head_dim, PASSES):
-            if args.only not in (None, direction):
-                continue
-            program = Program(
-                chip=chip, direction=direction, mask="causal", tokens=args.tokens,
-                head_dim=head_dim,
-            )  # fmt: skip
-            if scores := list(_scored(program, args.blocks, args.compute)):
-                winners.append(best(scores))
+    for chip, direction in itertools.product(chips, [args.only] if args.only else PASSES):
+        program = Program(
+            chip=chip, direction=direction, mask="causal", tokens=args.tokens,
+            head_dim=args.head_dim,
+        )  # fmt: skip
+        if scores := list(_scored(program)):
+            winners.append(best(scores))
     for winner in winners:
         print(row(winner))
-    if args.write:
+    if args.write and args.head_dim == 128:
         TABLE.write_text(updated(TABLE.read_text() if TABLE.exists() else "", winners))
         print(f"written: {TABLE}")
     return 0 if winners else 1
 
 
-def _scored(program: Program, blocks: Sequence[int], compute: Sequence[int]) -> Iterable[Score]:
+def _scored(program: Program) -> Iterable[Score]:
     """Every candidate that compiles; a JSON line for each, with the reason where it does not."""
-    for block_q, block_kv, piece in itertools.product(blocks, blocks, compute):
-        if block_kv % piece:
-            continue
-        one = dataclasses.replace(program, block_q=block_q, block_kv=block_kv, compute=piece)
-        line = {
-            "chip": one.chip, "pass": one.direction, "head_dim": one.head_dim,
-            "block_q": block_q, "block_kv": block_kv, "block_compute": piece,
-        }  # fmt: skip
+    for blocks, pieces in itertools.product(BLOCKS, PIECES[program.direction]):
+        sizes = zip(("block_q", "block_kv", "compute_q", "compute"), blocks + pieces, strict=True)
+        one = dataclasses.replace(program, **dict(sizes))
+        line = {"chip": one.chip, "pass": one.direction, "head_dim": one.head_dim} | fields(one)
         try:
             score = scored(one, tpu_programs.compile_program(one))
         except RuntimeError as error:  # too much VMEM, or one that the backend refuses
@@ -172,40 +172,50 @@ def best(scores: Sequence[Score]) -> Score:
     return min(alike, key=lambda score: (score.vmem_bytes or 0, score.slowdown))
 
 
+def fields(program: Program) -> dict[str, int]:
+    """The block sizes of a program by their names in `TileConfig`."""
+    forward = program.direction == "forward"
+    sizes = {
+        "block_q": program.block_q,
+        "block_kv": program.block_kv,
+        "block_compute_q": program.compute_q,
+        "block_compute": program.compute,
+    }
+    found = {name: size for name, size in sizes.items() if size is not None}
+    return found if forward else {f"{name}_backward": size for name, size in found.items()}
+
+
 def row(score: Score) -> str:
-    """A line of the table."""
-    p = score.program
-    key, blocks = (p.chip, p.direction, p.head_dim), (p.block_q, p.block_kv, p.compute)
-    text = json.dumps(key)[1:-1], json.dumps(blocks)[1:-1]
+    """The lines of the table about a chip's pass."""
+    p, versions = score.program, tpu_report.versions()
+    sizes = ", ".join(f"{name}={size}" for name, size in fields(p).items())
     mib = (score.vmem_bytes or 0) / 2**20
-    versions = tpu_report.versions()
     return (
-        f"    ({text[0]}): ({text[1]}),  # {score.slowdown:.2f}, {mib:.0f} MiB; "
-        f"{versions['libtpu']}, {versions['date']}"
+        f"    # {score.slowdown:.3f}, {mib:.0f} MiB; {versions['libtpu']}, {versions['date']}\n"
+        f'    ("{p.chip}", "{p.direction}"): dict(\n        {sizes}\n    ),\n'
     )
 
 
 HEAD = '''\
 """Block sizes that won on each TPU; `python -m workbench.tpu_sweep all --write` remakes it.
 
-By (chip, pass, head dim), for bfloat16: (block_q, block_kv, block_compute). Beside each: estimated
-time over that of a full matrix unit, VMEM; libtpu, and the day. Estimated from the compiler's
-schedule and not timed on a chip: `kernels/workbench/tpu_sweep.py` says what that does not see.
+By chip and pass, fields of `TileConfig`; swept at head dim 128, bfloat16. Above each: estimated
+time over that of a full matrix unit and no wasted work, VMEM; libtpu, and the day. Estimated from
+the compiler's schedule, not timed on a chip: `kernels/workbench/tpu_sweep.py` says what it misses.
 """
 
-WINNERS: dict[tuple[str, str, int], tuple[int, int, int]] = {
+WINNERS: dict[tuple[str, str], dict[str, int]] = {
 '''
 
 
 def updated(text: str, winners: Sequence[Score]) -> str:
-    """The table with new lines in place of those about the same chip, pass and head dim."""
-
-    def key(line: str) -> str:
-        return line.partition(":")[0]
-
-    lines = {key(line): line for line in text.splitlines() if line.startswith("    (")}
-    lines |= {key(line): line for line in map(row, winners)}
-    return HEAD + "\n".join([*sorted(lines.values()), "}\n"])
+    """The table with new rows in place of those about the same chip and pass."""
+    found = re.findall(r'(    #.*\n    (\(".*"\)): .*\n.*\n.*\n)', text)
+    rows = {key: lines for lines, key in found}
+    for winner in winners:
+        p = winner.program
+        rows[f'("{p.chip}", "{p.direction}")'] = row(winner)
+    return HEAD + "".join(rows[key] for key in sorted(rows)) + "}\n"
 
 
 if __name__ == "__main__":
