@@ -8,7 +8,7 @@ in the order of their key block, so a key block stays while its queries pass:
       for each query head of the kv head      q, do, lse, delta come one step ahead
         scores^T, p^T      dv += p^T do
         dp^T = v do^T      ds^T              dk += ds^T q
-        dq += ds k                            its block of dq comes from HBM one step ahead, and
+        dq^T = k^T ds^T, turned               its block of dq comes from HBM one step ahead, and
                                               goes back under the next step (`_accumulate`)
       dk, dv written
 
@@ -31,7 +31,6 @@ from burst_kernels.mosaic_tpu._active import Active
 from burst_kernels.mosaic_tpu._config import chip_name, problem_of, refuses
 from burst_kernels.mosaic_tpu._config_backward import configure_backward
 from burst_kernels.mosaic_tpu._gradients import (
-    COLUMNS,
     Geometry,
     Operands,
     Place,
@@ -153,11 +152,14 @@ def _backward_kernel(
         here = dq.open(turn)
 
     def accumulate(*, masked: bool) -> None:
+        dq_columns = []
         for part in parts(g, x, tile, step.i, step.j, masked=masked):
             dv[part.keys, :] += matmul(part.p, part.do, PLAIN)
             dk[part.keys, :] += matmul(part.ds, part.q, PLAIN)
             if with_dq:
-                dq.buffers[here] += matmul(part.ds, part.k, COLUMNS) * tile.scale
+                dq_columns.append(part.dq_columns())
+        if with_dq:
+            dq.buffers[here] += functools.reduce(jnp.add, dq_columns).T * tile.scale
 
     pl.when(step.kind == FULL)(lambda: accumulate(masked=False))
     if x.q_mask is not None:

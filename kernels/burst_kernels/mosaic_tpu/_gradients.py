@@ -38,7 +38,7 @@ from burst_kernels.mosaic_tpu._scores import (
     seen,
 )
 
-# dot_general: columns against columns (ds^T k, of a transposed ds).
+# dot_general: columns against columns (k^T ds).
 COLUMNS = (((0,), (0,)), ((), ()))
 
 
@@ -239,6 +239,10 @@ class Part(NamedTuple):
     p: Float[Array, "c r"]
     ds: Float[Array, "c r"]
 
+    def dq_columns(self) -> Float[Array, "H r"]:
+        """dq before the scale, transposed: then only this is turned, and not the larger ds."""
+        return matmul(self.k, self.ds, COLUMNS)
+
 
 def parts(
     g: Geometry, x: Operands, tile: Tile, i: Int[Array, ""], j: Int[Array, ""], *, masked: bool
@@ -268,9 +272,7 @@ def parts(
         ds = p * (matmul(v, do, ROWS) - delta)
         if tile.logits_soft_cap is not None:
             ds *= 1.0 - (scores * (1 / tile.logits_soft_cap)) ** 2
-        import os
-        V = os.environ.get("VAR", "C")
-        yield Part(keys, q, k, do, p.astype(q.dtype), ds if V in "ABD" else ds.astype(q.dtype))
+        yield Part(keys, q, k, do, p.astype(q.dtype), ds.astype(q.dtype))
 
 
 def _visible(x: Operands, keys: pl.Slice, tile: Tile) -> Bool[Array, "c r"]:

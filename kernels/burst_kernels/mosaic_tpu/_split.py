@@ -2,7 +2,7 @@
 
     for each block of queries               q, do, lse, delta fetched once; dq stays in VMEM
       for each active block of keys         k, v come one step ahead
-        scores^T, p^T, dp^T, ds^T           dq += ds k
+        scores^T, p^T, dp^T, ds^T           dq^T = k^T ds^T, turned
       dq written
 
 The scores are made twice, once here and once for dk and dv: seven products instead of five.
@@ -19,7 +19,6 @@ from burst_kernels._config import TileConfig
 from burst_kernels._tile import FULL, PARTIAL, Tile
 from burst_kernels.mosaic_tpu._active import Active
 from burst_kernels.mosaic_tpu._gradients import (
-    COLUMNS,
     Geometry,
     Operands,
     Place,
@@ -28,7 +27,6 @@ from burst_kernels.mosaic_tpu._gradients import (
     launch,
     parts,
 )
-from burst_kernels.mosaic_tpu._scores import matmul
 
 
 def by_queries(
@@ -73,8 +71,8 @@ def _dq_kernel(steps, x: Operands, dq, *, tile: Tile, g: Geometry, active: Activ
         dq[...] = jnp.zeros_like(dq)
 
     def accumulate(*, masked: bool) -> None:
-        for part in parts(g, x, tile, step.i, step.j, masked=masked):
-            dq[...] += matmul(part.ds, part.k, COLUMNS)
+        columns = [p.dq_columns() for p in parts(g, x, tile, step.i, step.j, masked=masked)]
+        dq[...] += functools.reduce(jnp.add, columns).T
 
     pl.when(step.kind == FULL)(lambda: accumulate(masked=False))
     if x.q_mask is not None:
