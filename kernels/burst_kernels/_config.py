@@ -12,6 +12,13 @@ class TileConfig:
     Attributes:
         block_q: query tokens in a block.
         block_kv: key tokens in a block.
+        block_compute: key tokens whose scores the `mosaic_tpu` backend's kernels hold at once: a
+            pair of blocks is computed in pieces, one after the other.
+        block_compute_q: query tokens of a piece; its backward takes those of the whole block.
+        block_q_backward, block_kv_backward, block_compute_backward: the same in its backward; None:
+            as in the forward where that is given, else chosen for the backward.
+        fused_backward: whether one kernel of that backend makes dq, dk and dv from one pass over
+            the scores, or one makes dk and dv and another dq.
         kv_heads: kv heads that one step of the `xla` backend computes together.
         chip: name of the chip to compile for, see `burst_kernels.CHIPS`; None: the mesh's, or
             that of JAX's default device.
@@ -23,6 +30,12 @@ class TileConfig:
 
     block_q: int | None = None
     block_kv: int | None = None
+    block_compute: int | None = None
+    block_compute_q: int | None = None
+    block_q_backward: int | None = None
+    block_kv_backward: int | None = None
+    block_compute_backward: int | None = None
+    fused_backward: bool | None = None
     kv_heads: int | None = None
     chip: str | None = None
     interpret: bool = False
@@ -39,6 +52,11 @@ class TileConfig:
             chip_named(self.chip)
         if not isinstance(self.interpret, bool):
             raise ValueError(f"TileConfig.interpret must be True or False, got {self.interpret!r}.")
+        if self.fused_backward is not None and not isinstance(self.fused_backward, bool):
+            raise ValueError(
+                "TileConfig.fused_backward must be True, False or None (chosen from the shapes), "
+                f"got {self.fused_backward!r}."
+            )
 
 
 def _is_size(value: object) -> bool:

@@ -1,0 +1,1 @@
+"""Reports, sweeps and checks of the tile kernels, run from a clone: none of it is shipped."""
