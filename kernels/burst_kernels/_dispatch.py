@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
-from burst_kernels._chips import Chip, chip_at_hand, chip_named
+from burst_kernels._chips import CHIPS, Chip, chip_at_hand, chip_named
 from burst_kernels._config import TileConfig
 from burst_kernels._problem import Problem
 
@@ -105,7 +105,7 @@ def select(
             sizes that do not fit.
     """
     config = config or TileConfig()
-    chip = chip if config.chip is None else chip_named(config.chip)
+    chip = _chip(chip, config)
     if implementation is not None and implementation not in BACKENDS:
         raise ValueError(
             f"implementation={implementation!r} does not exist; choose one of "
@@ -122,13 +122,29 @@ def select(
         listed = " ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise ValueError(f"no tile backend can compute this on {chip.name!r}. {listed}")
     name = implementation or usable[0]
-    config = dataclasses.replace(config, chip=chip.name)
+    if chip.name in CHIPS:
+        config = dataclasses.replace(config, chip=chip.name)
     return Chosen(name, BACKENDS[name].load().configure(problem, chip.name, config))
+
+
+def _chip(here: Chip, config: TileConfig) -> Chip:
+    """The chip whose kernel is wanted: another one than is here only to interpret it."""
+    if config.chip is None:
+        return here
+    chip = chip_named(config.chip)
+    if not config.interpret and chip.platform != here.platform:
+        raise ValueError(
+            f"TileConfig(chip={chip.name!r}), but the mesh is made of {here.name!r}. Leave `chip` "
+            "out, or give interpret=True to run that chip's kernel by the interpreter."
+        )
+    return chip
 
 
 def _why_not(backend: Backend, problem: Problem, chip: Chip, config: TileConfig) -> str | None:
     if config.interpret and not backend.interpreted:
         return "it is no chip's kernel, so TileConfig(interpret=True) means nothing to it."
-    if not config.interpret and (reason := backend.unavailable(chip)) is not None:
+    if (reason := backend.unavailable(chip)) is not None:
+        if config.interpret:
+            reason += " TileConfig(interpret=True, chip=...) names the chip whose kernel to run."
         return reason
     return backend.load().refuses(problem, chip.name)

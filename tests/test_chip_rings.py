@@ -1,0 +1,118 @@
+"""The ring with the kernels of chips that are not here: interpreted on CPU, against the oracle.
+
+Tile tests hold each kernel to the contract; here the kernel stands where users have it, in
+`burst_attention`, inside a shard_map that checks which axes arrays vary over.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+import burst_jax as bj
+import burst_kernels
+from burst_kernels import Chip, Problem, TileConfig
+
+INTERPRETED = TileConfig(interpret=True, chip="v5e")
+
+
+def ring_on_chip(x: oracle.Inputs, where: bj.SequenceSharding, side: str, **kwargs):
+    plan = bj.Plan(forward=side, backward=side, tile=INTERPRETED)
+    return oracle.sharded(x, where, plan=plan, implementation="mosaic_tpu", **kwargs)
+
+
+@pytest.mark.parametrize("side", ["kv", "q"])
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_a_ring_of_tpu_tiles_is_attention(layout, side):
+    x = oracle.inputs(f"{layout} {side}", T=512, B=1, N=4, K=2, H=64, dtype=np.float32)
+    where = oracle.ring(2, layout, length=512)
+    got = ring_on_chip(x, where, side, mask=bj.Mask.causal())
+    oracle.assert_close(got, oracle.truth(x, mask=bj.Mask.causal()), 1e-5)
+
+
+def test_a_ring_of_tpu_tiles_takes_documents_sinks_a_soft_cap_and_bfloat16():
+    x = oracle.inputs("all at once", T=384, B=2, N=4, K=1, H=64, Hv=128, sinks=True)
+    x = oracle.in_dtype(x, jnp.bfloat16)._replace(dlse=np.zeros(x.dlse.shape, np.float32))
+    where = oracle.ring(3, "striped", length=384)
+    mask, placed = (
+        oracle.MASKS["causal & segments"](lay, 2, 384, 384) for lay in (jnp.asarray, where.place)
+    )
+    options = dict(logits_soft_cap=5.0, scale=0.2)
+    want = oracle.truth(x, mask=mask, **options)
+    got = ring_on_chip(x, where, "kv", mask=placed, **options)
+    plain = oracle.sharded(x, where, mask=placed, implementation="xla", **options)
+    for name, a, b, truth in zip(oracle.Results._fields, got, plain, want, strict=True):
+        ours, theirs = oracle.norm_error(a, truth), oracle.norm_error(b, truth)
+        assert ours <= 2 * theirs + 1e-6, (name, ours, theirs)
+
+
+# Who computes what.
+
+PROBLEM = Problem(B=1, t=256, s=256, N=4, K=2, H=128, Hv=128, dtype=jnp.dtype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e", "tpu7x"])
+def test_tpus_take_their_own_kernels_first(chip):
+    chosen = burst_kernels.select(PROBLEM, burst_kernels.chip_named(chip))
+    assert chosen.name == "mosaic_tpu"
+    assert chosen.config.chip == chip
+    hash(chosen)
+
+
+def test_what_the_kernels_refuse_falls_to_xla_or_is_refused_with_the_reason():
+    chip = burst_kernels.chip_named("v5e")
+    wide = PROBLEM._replace(dtype=jnp.dtype(jnp.float64))
+    assert burst_kernels.select(wide, chip).name == "xla"
+    with pytest.raises(ValueError, match=r"'mosaic_tpu' cannot compute this on 'v5e'.*float64"):
+        burst_kernels.select(wide, chip, "mosaic_tpu")
+
+
+def test_a_kernel_of_another_chip_is_refused_here_with_the_reason():
+    where = oracle.ring(2)
+    x = jnp.zeros((1, 4, 2, 8), jnp.float32)
+    with pytest.raises(ValueError, match=r"'mosaic_tpu' cannot compute this on 'cpu': it is for"):
+        bj.burst_attention(x, x, x, sharding=where, implementation="mosaic_tpu")
+    for tile, implementation, message in (
+        (TileConfig(interpret=True), "xla", r"'xla'.*interpret=True\) means nothing"),
+        (TileConfig(interpret=True), None, r"mosaic_tpu: it is for TPUs.*chip=\.\.\.\) names"),
+        (TileConfig(chip="v5e"), None, r"chip='v5e'\), but the mesh is made of 'cpu'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan = bj.Plan(tile=tile)
+            bj.burst_attention(x, x, x, sharding=where, plan=plan, implementation=implementation)
+
+
+def test_a_tpu_that_is_not_known_runs_the_xla_tile():
+    chip = burst_kernels.chip_of("tpu", "TPU v9")
+    assert burst_kernels.select(PROBLEM, chip).name == "xla"
+    with pytest.raises(ValueError, match=r"TPU v9 is another"):
+        burst_kernels.select(PROBLEM, chip, "mosaic_tpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        (("tpu", "TPU v5 lite"), "v5e"),
+        (("tpu", "TPU v5"), "v5p"),
+        (("tpu", "TPU7x"), "tpu7x"),
+        (("gpu", "NVIDIA H100 80GB HBM3"), "sm_90"),
+        (("cuda", "NVIDIA H200"), "sm_90"),
+        (("gpu", "NVIDIA H20"), "sm_90"),
+        (("gpu", "Tesla T4"), "sm_75"),
+        (("gpu", "NVIDIA A100-SXM4-80GB"), "sm_80"),
+        (("gpu", "NVIDIA L4"), "sm_89"),
+        (("gpu", "NVIDIA GB200"), "sm_100"),
+        (("gpu", "whatever", "9.0"), "sm_90"),
+        (("cpu", "cpu"), "cpu"),
+    ],
+)
+def test_chips_are_known_by_what_jax_calls_them(device, name):
+    assert burst_kernels.chip_of(*device).name == name
+
+
+def test_a_chip_without_a_name_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"chip='v3' is not known; choose one of cpu, v4"):
+        TileConfig(chip="v3")
+    assert burst_kernels.chip_at_hand() == Chip("cpu", "cpu")
+    assert jax.default_backend() == "cpu"
