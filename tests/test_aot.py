@@ -1,5 +1,7 @@
 """Whole multi-chip programs, compiled by the real TPU compiler: what its schedule hides."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -28,21 +30,40 @@ def compiled(target: str, T: int, backward: str) -> jax.stages.Compiled:
 @pytest.mark.aot
 @pytest.mark.parametrize("backward", ["kv", "q"])
 def test_on_eight_tpus_every_transfer_hides_behind_a_tile(backward):
-    found = bj.inspect.overlap(compiled("v5e:2x4", 128 * 1024, backward))
+    program = compiled("v5e:2x4", 128 * 1024, backward)
+    assert "burst_backward" in program.as_text(), "the chip's own kernels"
+    found = bj.inspect.overlap(program)
     assert found.exposed == 0, found.exposed_names
     assert found.hidden >= 10  # k, v forward; messages and gradients backward; loops count once
+    if backward == "q":  # what is chosen at these heads
+        assert bj.inspect.temporary_bytes(program) <= 640 * 2**20
 
 
 @pytest.mark.aot
-def test_code_and_exposed_transfers_do_not_grow_from_eight_to_sixty_four_chips():
-    small, large = (
-        compiled("v5p:2x2x2", 64 * 1024, "q"),
-        compiled("v5p:4x4x4", 512 * 1024, "q"),
-    )
-    sizes = [c.memory_analysis().generated_code_size_in_bytes for c in (small, large)]
+@pytest.mark.parametrize("target", ["v4:2x2x2", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1"])
+def test_every_generation_compiles_the_ring_and_hides_its_transfers(target):
+    program = compiled(target, 64 * 1024, "q")
+    assert "burst_backward" in program.as_text()
+    assert bj.inspect.overlap(program).exposed == 0
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("few", "many"), [("v5p:2x2x2", "v5p:4x4x4"), ("v6e:2x4", "v6e:8x8")])
+def test_code_time_and_memory_do_not_grow_from_eight_to_sixty_four_chips(few, many):
+    """16K tokens a device: 128K on 8, 1M on 64."""
+    programs, times_s = [], []
+    for target, tokens in ((few, 2**17), (many, 2**20)):
+        start = time.perf_counter()
+        programs.append(compiled(target, tokens, "q"))
+        times_s.append(time.perf_counter() - start)
+    sizes = [p.memory_analysis().generated_code_size_in_bytes for p in programs]
     assert sizes[1] <= 1.3 * sizes[0]
-    assert bj.inspect.overlap(large).exposed == 0
-    assert bj.inspect.temporary_bytes(large) <= 1.1 * bj.inspect.temporary_bytes(small)
+    held = [bj.inspect.temporary_bytes(p) for p in programs]
+    assert held[1] <= 1.1 * held[0]
+    # Compiling is timed with others at work beside it: 1.3 is what the quiet machine shows.
+    assert times_s[1] <= 2 * times_s[0], times_s
+    if many.startswith("v5p"):  # libtpu makes the permutes of 8x8 chips synchronous
+        assert bj.inspect.overlap(programs[1]).exposed == 0
 
 
 @pytest.mark.aot

@@ -191,8 +191,16 @@ def _is_start(opcode: str, rest: str) -> bool:
 
 
 def temporary_bytes(compiled: jax.stages.Compiled) -> int:
-    """Temporary memory that one device needs besides arguments and results, in bytes."""
-    return _given(compiled.memory_analysis(), "memory analysis").temp_size_in_bytes
+    """Main memory that one device needs besides arguments and results, in bytes.
+
+    On TPU what the compiler calls temporary holds vector memory and results too, so there it is
+    the peak of main memory less the arguments: results that exist at the peak are counted.
+    """
+    analysis = _given(compiled.memory_analysis(), "memory analysis")
+    lies = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
+    if any(device.platform == "tpu" for sharding in lies[:1] for device in sharding.device_set):
+        return analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes
+    return analysis.temp_size_in_bytes
 
 
 def _given(fact: Any, what: str) -> Any:
