@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 import burst_kernels
 from burst_jax import _wire
 from burst_jax._partial import Partial, merge
-from burst_jax._schedule import Side, Visit
+from burst_jax._schedule import Schedule, Side, Visit
 from burst_jax._sides import (
     Keys,
     Queries,
@@ -169,14 +169,7 @@ def circulate(
         return tile(at(shard, traveller, ring.queries, ring), keys, Found(None, stayed))[::-1]
 
     returns = travels == "q" or queries.do is not None
-    moves = functools.partial(
-        _wire.move,
-        axis_name=ring.axis_name,
-        to=schedule.to,
-        joined=ring.plan.one_message,
-        as_bits=ring.plan.as_bits,
-        dtype=None if queries.do is None else ring.plan.gradient_dtype,
-    )
+    moves = _mover(ring, schedule, backward=queries.do is not None)
 
     # The (first half of the) home tile hides the first message. Tied, or the compiler may start
     # the first visit before it, and then it hides nothing. The traveller is what is cut, so that
@@ -228,3 +221,15 @@ def _fold(a: Any, b: Any) -> Any:
     if a is None or b is None:
         return b if a is None else a
     return merge(a, b) if isinstance(a, Partial) else jax.tree.map(jnp.add, a, b)
+
+
+def _mover(ring: Ring, schedule: Schedule, *, backward: bool) -> Callable[..., tuple]:
+    """`_wire.move` for one pass round this ring; gradients travel in the plan's dtype."""
+    return functools.partial(
+        _wire.move,
+        axis_name=ring.axis_name,
+        to=schedule.to,
+        joined=ring.plan.one_message,
+        as_bits=ring.plan.as_bits,
+        dtype=ring.plan.gradient_dtype if backward else None,
+    )
