@@ -172,5 +172,13 @@ def make_plan(
     chosen = resolve(plan, shapes, "cpu" if hardware is None else hardware_named(hardware).kind)
     mask = Mask.full() if mask is None else mask
     explanation = predict(chosen, shapes, q_tokens, kv_tokens, mask, hardware)
-    tile = None if plan is None else plan.tile
-    return Plan(**dataclasses.asdict(chosen), tile=tile, num_shards=R, explanation=explanation)
+    return Plan(
+        forward=chosen.forward,
+        backward=chosen.backward,
+        wire_dtype=chosen.wire_dtype,
+        gradient_dtype=chosen.gradient_dtype,
+        one_message=chosen.one_message,
+        tile=None if plan is None else plan.tile,
+        num_shards=R,
+        explanation=explanation,
+    )
