@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import DTypeLike
 
+from burst_jax import _placing
 from burst_jax._cost import Hardware, Shapes, bytes_a_hop, hardware_named, predict
 from burst_jax._masks import Mask
 from burst_jax._schedule import Side
@@ -169,7 +170,11 @@ def make_plan(
     shapes = Shapes.of(
         (B // batch, q_tokens.local, N // heads, H), (kv_tokens.local, K // heads, H), dtype, plan
     )
-    chosen = resolve(plan, shapes, "cpu" if hardware is None else hardware_named(hardware).kind)
+    if hardware is None:
+        platform = _placing.chip(sharding).platform
+    else:
+        platform = hardware_named(hardware).kind
+    chosen = resolve(plan, shapes, platform)
     mask = Mask.full() if mask is None else mask
     explanation = predict(chosen, shapes, q_tokens, kv_tokens, mask, hardware)
     return Plan(
