@@ -28,10 +28,10 @@ TEST_EXTRAS := plots test train
 FAST := not (slow or aot or tpu or gpu or peer)
 SLOW := (slow or peer) and not (aot or tpu or gpu)
 
-# Compile for TPUs that are not here: without these variables libtpu asks a cloud's metadata server
-# for a TPU, and lets only one process of the machine load it.
+# Compile for chips that are not here: without these variables libtpu asks a cloud's metadata server
+# for a TPU, and lets only one process of the machine load it, and jax looks for CUDA's libraries.
 AOT_ENVIRONMENT := JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=localhost \
-	ALLOW_MULTIPLE_LIBTPU_LOAD=1
+	ALLOW_MULTIPLE_LIBTPU_LOAD=1 JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-aot lint format bench notebooks notebooks-check setup clean
@@ -74,8 +74,8 @@ test-slow:  ## the slow tests, planted bugs and peers among them
 	$(call setup,$(TEST_EXTRAS) bench)
 	@$(call pytest,$(SLOW))
 
-test-aot:  ## compile for TPUs that are not here
-	$(call setup,$(TEST_EXTRAS) aot,$(VENV)-aot)
+test-aot:  ## compile for TPUs and GPUs that are not here
+	$(call setup,$(TEST_EXTRAS) aot aot-gpu,$(VENV)-aot)
 	@export $(AOT_ENVIRONMENT); $(call pytest,aot,$(VENV)-aot)
 
 lint:  ## format, lint and types
@@ -109,7 +109,7 @@ setup:  ## only make the environment that `make test` uses
 	$(call setup,$(TEST_EXTRAS))
 
 setup-aot:
-	$(call setup,$(TEST_EXTRAS) aot,$(VENV)-aot)
+	$(call setup,$(TEST_EXTRAS) aot aot-gpu,$(VENV)-aot)
 
 clean:  ## remove the environments and what the tools left
 	rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache .hypothesis

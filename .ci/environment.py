@@ -124,6 +124,8 @@ def main() -> None:
     requirements = ["--editable", f".[{extras}]"]
     if args.jax:
         requirements.append(f"jax=={args.jax}.*")
+        if "aot-gpu" in wanted:  # jax does not ask for the plugin of its own version by itself
+            requirements.append(f"jax-cuda13-plugin=={args.jax}.*")
     # Until the step below has finished, nothing is recorded: an interrupted one is done again.
     state_file.unlink(missing_ok=True)
     run_step(
