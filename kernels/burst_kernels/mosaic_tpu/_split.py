@@ -62,13 +62,15 @@ def by_queries(
     return dq
 
 
-def _dq_kernel(steps, x: Operands, dq, *, tile: Tile, g: Geometry, active: Active) -> None:
+def _dq_kernel(
+    steps: jax.Ref, x: Operands, dq: jax.Ref, *, tile: Tile, g: Geometry, active: Active
+) -> None:
     """One active pair of blocks, for one query head."""
     step = active.at(steps, pl.program_id(2))
 
     @pl.when(step.first_of_q == 1)
     def begin() -> None:
-        dq[...] = jnp.zeros_like(dq)
+        dq[...] = jnp.zeros(dq.shape, dq.dtype)
 
     def accumulate(*, masked: bool) -> None:
         columns = [p.dq_columns() for p in parts(g, x, tile, step.i, step.j, masked=masked)]
