@@ -92,8 +92,7 @@ def refuses(problem: Problem, chip: str) -> str | None:
             f"TPU kernels take head dims up to {MAX_HEAD_DIM}, which is what was compiled, and got "
             f"{problem.H} and {problem.Hv}."
         )
-    block_q, block_kv = _blocks(problem, chip, TileConfig())
-    pairs = -(-problem.t // block_q) * -(-problem.s // block_kv)
+    pairs = _pairs(problem, *_blocks(problem, chip, TileConfig()))
     if pairs > MAX_STEPS:
         return (
             f"{problem.t} queries and {problem.s} keys on one device are {pairs} pairs of blocks, "
@@ -115,16 +114,27 @@ def configure_forward(problem: Problem, chip: str, config: TileConfig) -> TileCo
                 f"TileConfig.{name}={size} is no multiple of {LANES}, a TPU vector's lanes: "
                 f"{-(-size // LANES) * LANES} would do, or None to let the backend choose."
             )
-    filled = _filled(config, chip, *_blocks(problem, chip, config))
+    block_q, block_kv = _blocks(problem, chip, config)
+    filled = _filled(config, chip, block_q, block_kv)
     _check_vmem(problem, chip, filled)
+    if (pairs := _pairs(problem, block_q, block_kv)) > MAX_STEPS:
+        raise ValueError(
+            f"blocks of {block_q} queries and {block_kv} keys are {pairs} pairs, and scalar memory "
+            f"lists {MAX_STEPS}: larger blocks would do."
+        )
     return filled
+
+
+def _pairs(problem: Problem, block_q: int, block_kv: int) -> int:
+    return -(-problem.t // block_q) * -(-problem.s // block_kv)
 
 
 def vmem_bytes(problem: Problem, chip: str, config: TileConfig) -> int:
     """Vector memory that the forward takes, as an upper estimate. All sizes of the config are set.
 
     Blocks of operands and results stand twice, one computed on and one on its way; rows of 128
-    lanes; `onto` is counted. Pieces: scores in float32, and probabilities as operands.
+    lanes; `onto` is counted. Pieces: scores in float32, and probabilities as operands; operands of
+    products of float32 once more as three of bfloat16, counted as two of float32.
     """
     assert config.block_q and config.block_kv and config.block_compute and config.block_compute_q
     H, Hv = (-(-dim // LANES) * LANES for dim in (problem.H, problem.Hv))
@@ -134,7 +144,10 @@ def vmem_bytes(problem: Problem, chip: str, config: TileConfig) -> int:
     queries = H * item + 4 * (2 * Hv + 16 + mask_rows)
     keys = (H + Hv) * item + 4 * mask_rows
     scratch = 4 * (2 * LANES + Hv)
-    piece = config.block_compute_q * config.block_compute * (4 + item) * (1 + ahead)
+    rows, width = config.block_compute_q, config.block_compute
+    piece = rows * width * (4 + item) * (1 + ahead)
+    if item == 4:
+        piece += 8 * (rows * H + width * (H + Hv) + rows * width)
     return config.block_q * (2 * queries + scratch) + config.block_kv * 2 * keys + piece
 
 
