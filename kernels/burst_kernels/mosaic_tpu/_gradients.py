@@ -185,6 +185,7 @@ def launch(
         name: of the kernel.
     """
     varying = jax.typeof(x.q).manual_axis_type
+    grid = tuple(_size_of_grid(size, config) for size in grid)
     shapes = {name: a.shape for name, a in results.items()}
     if config.interpret:  # jax 0.10's interpreter gives back aliased results padded to blocks.
         for result in (n for n in results if getattr(x, n) is not None):
@@ -217,6 +218,17 @@ def launch(
         name=name,
     )(active.steps, x)
     return [a[tuple(map(slice, b.shape))] for a, b in zip(found, results.values(), strict=True)]
+
+
+def _size_of_grid(count: Array | int, config: TileConfig) -> Array | int:
+    """How many steps the grid has.
+
+    Interpreted where mesh axes are checked, indices of a grid whose size varies would vary too, and
+    the interpreter cannot let them meet constants. What comes from the host varies over nothing.
+    """
+    if isinstance(count, int) or not config.interpret:
+        return count
+    return jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct((), jnp.int32), count)
 
 
 def _whole_blocks(x: Array, spec: pl.BlockSpec) -> Array:
