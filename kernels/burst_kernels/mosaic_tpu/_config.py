@@ -47,10 +47,19 @@ class Generation(NamedTuple):
 
 
 # Vector memory after `pltpu.get_tpu_info_for_chip`, less an eighth for the compiler's own use.
-# Pieces: the compiler's bundles for a 1024 x 1024 pair, H = 128, bfloat16, no mask (libtpu 0.0.42).
-# v5e and v5p have four matrix units of 128 x 128, which short rows of pieces feed evenly; v6e
-# and tpu7x have two of 256 x 256, and there the softmax of a piece is long enough to hide the next
-# one's scores behind it.
+# Pieces: the fewest bundles for a 1024 x 1024 pair, H = 128, bfloat16, no mask, as the compiler
+# schedules it (libtpu 0.0.42); nobody has timed them on a chip. v5e and v5p have four matrix units
+# of 128 x 128, which short rows of pieces feed evenly; v6e and tpu7x have two of 256 x 256, and
+# there the softmax of a piece is long enough to hide the next one's scores behind it.
+#
+# Bundles on v5e and v6e: 3789 and 2249 as below; splash attention 4706 and 2740. What lost:
+#   pieces of 1024 x 512, one after the other        4002, 2550
+#   sums reduced across lanes in every piece         4328, 2485  (*)
+#   scores transposed: a row lies along lanes        4608, 2692  (*) p goes in as the weights
+#   rescaling only where a maximum grew              5135, 3394  a branch cuts the schedule in two
+#   exponentials in bfloat16                            -, 2757  and twice the error of out
+#   row sums by the matrix unit, 128 ones beside v   5899, 2162  (*) and lse as exact as bfloat16
+# (*) in a prototype that left out the scale, one multiplication a score.
 GENERATIONS = {
     "v4": Generation(14 * MIB, Pieces(1024, 256, ahead=False)),
     "v5e": Generation(112 * MIB, Pieces(256, 1024, ahead=False)),
