@@ -1,6 +1,7 @@
 """Blocks of the forward on each TPU generation: what fits, what is chosen, what cannot be done."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -67,6 +68,58 @@ GENERATIONS = {
     "v6e": Generation(112 * MIB, Pieces(512, 1024, ahead=True)),
     "tpu7x": Generation(56 * MIB, Pieces(512, 1024, ahead=True)),
 }
+
+
+class Piece(NamedTuple):
+    """Start and number of the queries and of the keys of a piece of a pair of blocks."""
+
+    q: tuple[int, int]
+    kv: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The static sizes of one call.
+
+    Attributes:
+        B, t, s, N, K, H, Hv: see the tile contract.
+        block_q, block_kv: tokens in a block; the last block of an array may be shorter.
+        compute_q, compute_kv: tokens in a piece, at most; multiples of 128.
+        ahead: whether the scores of a piece are computed before the softmax of the one before it.
+    """
+
+    B: int
+    t: int
+    s: int
+    N: int
+    K: int
+    H: int
+    Hv: int
+    block_q: int
+    block_kv: int
+    compute_q: int
+    compute_kv: int
+    ahead: bool
+
+    @property
+    def num_q(self) -> int:
+        return -(-self.t // self.block_q)
+
+    @property
+    def num_kv(self) -> int:
+        return -(-self.s // self.block_kv)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The pieces of a pair of blocks: all keys of some queries, then the next queries."""
+
+        def cut(block: int, piece: int) -> list[tuple[int, int]]:
+            return [(at, min(piece, block - at)) for at in range(0, block, piece)]
+
+        both = itertools.product(
+            cut(self.block_q, self.compute_q), cut(self.block_kv, self.compute_kv)
+        )
+        return [Piece(*piece) for piece in both]
 
 
 def chip_name(config: TileConfig) -> str:

@@ -22,7 +22,6 @@ positions are known only as data.
 import dataclasses
 import functools
 import itertools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +40,7 @@ from burst_kernels.mosaic_tpu._active import (
     of_equal_rows,
     padded_tokens,
 )
+from burst_kernels.mosaic_tpu._config import Piece, Sizes
 from burst_kernels.mosaic_tpu._scores import (
     LANES,
     PLAIN,
@@ -59,58 +59,6 @@ from burst_kernels.mosaic_tpu._scores import (
 # The maximum of a row that saw nothing. Finite, and yet far from what is masked (-inf), whose
 # probability is then 0 without a guard: -inf - _FLOOR is -inf, _FLOOR - _FLOOR is 0.
 _FLOOR = -0.5 * float(np.finfo(np.float32).max)
-
-
-class Piece(NamedTuple):
-    """Start and number of the queries and of the keys of a piece of a pair of blocks."""
-
-    q: tuple[int, int]
-    kv: tuple[int, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """The static sizes of one call.
-
-    Attributes:
-        B, t, s, N, K, H, Hv: see the tile contract.
-        block_q, block_kv: tokens in a block; the last block of an array may be shorter.
-        compute_q, compute_kv: tokens in a piece, at most; multiples of 128.
-        ahead: whether the scores of a piece are computed before the softmax of the one before it.
-    """
-
-    B: int
-    t: int
-    s: int
-    N: int
-    K: int
-    H: int
-    Hv: int
-    block_q: int
-    block_kv: int
-    compute_q: int
-    compute_kv: int
-    ahead: bool
-
-    @property
-    def num_q(self) -> int:
-        return pl.cdiv(self.t, self.block_q)
-
-    @property
-    def num_kv(self) -> int:
-        return pl.cdiv(self.s, self.block_kv)
-
-    @property
-    def pieces(self) -> list[Piece]:
-        """The pieces of a pair of blocks: all keys of some queries, then the next queries."""
-
-        def cut(block: int, piece: int) -> list[tuple[int, int]]:
-            return [(at, min(piece, block - at)) for at in range(0, block, piece)]
-
-        both = itertools.product(
-            cut(self.block_q, self.compute_q), cut(self.block_kv, self.compute_kv)
-        )
-        return [Piece(*piece) for piece in both]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
