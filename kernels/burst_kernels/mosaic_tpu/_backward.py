@@ -63,7 +63,14 @@ def tile_backward(
     dq, dk, dv = onto or (None, None, None)
     x = Operands(q, k, v, do, lse[:, :, None], delta[:, :, None], dq=dq, dk=dk, dv=dv)
     if config.fused_backward:
-        dk, dv, dq = by_keys(x, tile, g, config=config, with_dq=True)
+        # Under vmap, one after the other: no block spec of a vmapped call leaves dq in HBM.
+        leaves, tree = jax.tree.flatten((x, tile))
+
+        @jax.custom_batching.sequential_vmap
+        def fused(*leaves: Array) -> tuple[Array, ...]:
+            return by_keys(*jax.tree.unflatten(tree, leaves), g, config=config, with_dq=True)
+
+        dk, dv, dq = fused(*leaves)
         return dq, dk, dv
     dk, dv = by_keys(x._replace(dq=None), tile, g, config=config, with_dq=False)
     return by_queries(x, tile, g, config=config), dk, dv
