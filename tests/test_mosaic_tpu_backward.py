@@ -118,14 +118,13 @@ def test_gradients_are_added_to_those_that_are_given_also_where_no_pair_counts(s
 @pytest.mark.parametrize("mode", ["on_wait", "eager"])
 def test_no_block_of_dq_is_read_while_it_is_written(t, N, K, mode, capfd):
     # Few blocks of queries, so that a block comes back in the next step, or in the one after it.
-    config = TileConfig(chip="v5e", block_q=128, block_kv=128, fused_backward=True)
     case = Case("races", t=t, s=384, B=1, N=N, K=K)
     tile, args, seen = arguments(case)
     two_cores = pltpu.InterpretParams(
         detect_races=True, num_cores_or_threads=2, dma_execution_mode=mode
     )
     with pltpu.force_tpu_interpret_mode(two_cores):
-        got = backward(args, tile, config)
+        got = backward(args, tile, FUSED)
     assert "RACE DETECTED" not in capfd.readouterr().out
     for name, a, b in zip(NAMES, got, truth(case, args, seen), strict=True):
         assert oracle.error(a, b) < 1e-5, name
@@ -136,10 +135,9 @@ def test_a_race_would_be_seen(monkeypatch, capfd):
         return jnp.bool_(False)
 
     monkeypatch.setattr(_accumulate.Accumulator, "_writes", nothing)
-    config = TileConfig(chip="v5e", block_q=128, block_kv=128, fused_backward=True)
     tile, args, _ = arguments(Case("races", t=256, s=384, B=1))
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
-        backward(args, tile, config)
+        backward(args, tile, FUSED)
     assert "RACE DETECTED" in capfd.readouterr().out
 
 

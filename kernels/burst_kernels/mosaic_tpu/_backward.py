@@ -37,6 +37,7 @@ from burst_kernels.mosaic_tpu._gradients import (
     Place,
     active_steps,
     block_specs,
+    cost,
     launch,
     parts,
 )
@@ -147,7 +148,13 @@ def by_keys(
     results = dict(dk=x.k, dv=x.v) | (dict(dq=x.q) if with_dq else {})
     found = launch(
         functools.partial(
-            _backward_kernel, tile=tile, g=g, active=active, with_dq=with_dq, fresh=fresh
+            _backward_kernel,
+            tile=tile,
+            g=g,
+            active=active,
+            with_dq=with_dq,
+            fresh=fresh,
+            whole_tiles=not config.interpret,
         ),
         active,
         x,
@@ -156,9 +163,17 @@ def by_keys(
         specs=block_specs(g, x, place) | dict(dq=pl.BlockSpec(memory_space=pl.ANY)),
         scratch=Accumulator.scratch(g.block_q, g.H) if with_dq else [],
         config=config,
+        cost=_cost(g, x.q.dtype.itemsize, with_dq),
         name="burst_backward" if with_dq else "burst_backward_dkv",
     )
     return tuple(found)
+
+
+def _cost(g: Geometry, itemsize: int, with_dq: bool) -> pl.CostEstimate:
+    """Queries pass once for each block of keys, and float32 dq goes both ways with them."""
+    queries = g.B * g.N * g.t * ((g.H + g.Hv) * itemsize + 8 * g.H * with_dq)
+    keys = g.B * g.K * g.s * (g.H + g.Hv) * (itemsize + 4)
+    return cost(g, 2 * (g.H + g.Hv) + g.H * with_dq, queries * g.num_kv + keys)
 
 
 def _backward_kernel(
@@ -172,6 +187,7 @@ def _backward_kernel(
     active: Active,
     with_dq: bool,
     fresh: bool,
+    whole_tiles: bool,
 ) -> None:
     """One active pair of blocks, for one query head. `rest`: dq and its scratch."""
     n, head = pl.program_id(2), pl.program_id(3)
@@ -183,7 +199,7 @@ def _backward_kernel(
         dv[...] = jnp.zeros(dv.shape, dv.dtype)
 
     turn = _turn(steps, active, g, fresh)
-    dq = Accumulator(*rest, t=g.t) if with_dq else None
+    dq = Accumulator(*rest, t=g.t, whole_tiles=whole_tiles) if with_dq else None
     here = None if dq is None else dq.open(turn)
 
     def accumulate(*, masked: bool) -> None:

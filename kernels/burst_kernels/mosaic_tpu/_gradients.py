@@ -169,6 +169,7 @@ def launch(
     specs: dict[str, pl.BlockSpec],
     scratch: Sequence,
     config: TileConfig,
+    cost: pl.CostEstimate,
     name: str,
 ) -> list[Float[Array, "..."]]:
     """Runs a kernel over the steps of a grid; its first two dimensions are for any core.
@@ -182,6 +183,7 @@ def launch(
         specs: the block of each operand.
         scratch: what the kernel asks for beside.
         config: for the chip, and whether to interpret.
+        cost: what XLA's scheduler may hide behind the kernel.
         name: of the kernel.
     """
     varying = jax.typeof(x.q).manual_axis_type
@@ -214,10 +216,23 @@ def launch(
             ),
             vmem_limit_bytes=vmem_limit(chip_name(config)),
         ),
+        cost_estimate=cost,
         interpret=pltpu.InterpretParams() if config.interpret else False,
         name=name,
     )(active.steps, x)
     return [a[tuple(map(slice, b.shape))] for a, b in zip(found, results.values(), strict=True)]
+
+
+def cost(g: Geometry, widths: int, moved: int) -> pl.CostEstimate:
+    """The cost of a kernel, as if nothing were masked.
+
+    Args:
+        g: sizes.
+        widths: the third dimension of all products over pairs of tokens, added up.
+        moved: bytes read and written.
+    """
+    pairs = g.B * g.N * g.t * g.s
+    return pl.CostEstimate(flops=2 * pairs * widths, transcendentals=pairs, bytes_accessed=moved)
 
 
 def _size_of_grid(count: Array | int, config: TileConfig) -> Array | int:

@@ -24,6 +24,7 @@ from burst_kernels.mosaic_tpu._gradients import (
     Place,
     active_steps,
     block_specs,
+    cost,
     launch,
     parts,
 )
@@ -57,9 +58,17 @@ def by_queries(
         specs=block_specs(g, x, place),
         scratch=[],
         config=config,
+        cost=_cost(g, x.q.dtype.itemsize),
         name="burst_backward_dq",
     )
     return dq
+
+
+def _cost(g: Geometry, itemsize: int) -> pl.CostEstimate:
+    """Keys pass once for each block of queries."""
+    queries = g.B * g.N * g.t * ((g.H + g.Hv) * itemsize + 4 * g.H)
+    keys = g.B * g.N * g.s * (g.H + g.Hv) * itemsize
+    return cost(g, 2 * g.H + g.Hv, queries + keys * g.num_q)
 
 
 def _dq_kernel(
