@@ -208,6 +208,7 @@ time over that of a full matrix unit and no wasted work, VMEM; libtpu, and the d
 the compiler's schedule, not timed on a chip: `kernels/workbench/tpu_sweep.py` says what it misses.
 """
 
+# fmt: off
 WINNERS: dict[tuple[str, str], dict[str, int]] = {
 '''
 
