@@ -72,13 +72,14 @@ def check(case: Case, config: TileConfig, tolerance: float = 1e-5) -> None:
     assert not out[nothing].any() and np.isneginf(lse[nothing]).all()
 
 
-def named(name: str, **changes: Any) -> Case:
+def named(name: str, /, **changes: Any) -> Case:
     return dataclasses.replace(next(case for case in CASES if case.name == name), **changes)
 
 
 def long(case: Case) -> Case:
-    """The same over several blocks of 128 that do not divide it, with one head less to wait for."""
-    return dataclasses.replace(case, t=case.t * 19, s=case.s * 19)
+    """The same over several blocks of 128 that do not divide it."""
+    heads = dict(N=1, K=1) if case.N == case.K else {}
+    return dataclasses.replace(case, t=case.t * 19, s=case.s * 19, **heads)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.t < 4 or c.t > 100], ids=str)
@@ -106,7 +107,7 @@ def test_eight_query_heads_to_a_kv_head_of_another_value_head_dim():
 
 
 def test_scores_of_two_hundred():
-    case = named("causal", name="large scores", t=130, s=130, B=1)
+    case = named("causal", t=130, s=130, B=1, N=1, K=1)
     tile, seen = made(case)
     x = inputs(case)
     x = x._replace(q=x.q * np.float32(200 / np.abs(np.einsum("btnh,bsnh->bnts", x.q, x.k)).max()))
@@ -159,7 +160,7 @@ def test_bfloat16_is_as_exact_as_plain_attention_in_bfloat16(name):
 @pytest.mark.parametrize("onto", [False, True])
 @pytest.mark.parametrize("name", ["causal & segments of each row", "causal, keys all after"])
 def test_no_step_races_with_the_copies_of_another(name, onto, capfd):
-    case = named(name, t=300, s=290)
+    case = named(name, t=384, s=290, N=1, K=1)  # the interpreter aliases whole blocks only
     tile, _ = made(case)
     x = inputs(case)
     before = (np.zeros_like(x.q), np.zeros_like(x.q[..., 0])) if onto else None
@@ -188,14 +189,18 @@ def test_the_interpreter_does_tell_of_a_race(capfd):
 # Which steps are run.
 
 
-def steps_run(case: Case, **onto: Any) -> list[tuple[int, ...]]:
+def steps_run(case: Case, **onto: Any) -> list[Any]:
     """The grid points that the interpreter visited, for one head."""
     tile, _ = made(case)
     points = []
-    params = pltpu.InterpretParams(grid_point_recorder=lambda at, _: points.append(at))
+
+    def record(*call: Any) -> Any:
+        points.append(call)
+        return call[0]  # jax 0.10 threads a token through
+
+    params = pltpu.InterpretParams(grid_point_recorder=record)
     with pltpu.force_tpu_interpret_mode(params):
         forward(inputs(case), tile, dataclasses.replace(SMALL, interpret=False), **onto)
-    assert {len(at) for at in points} == {3}
     return points
 
 
@@ -208,8 +213,11 @@ def test_a_causal_zigzag_hop_runs_the_pairs_that_the_mask_needs(hop):
     )  # fmt: skip
     _, seen = made(case)
     needed = seen.reshape(8, 128, 8, 128).any((1, 3)).sum()
-    assert needed in (32, 36)
-    assert needed <= len(steps_run(case)) <= 1.1 * needed
+    assert needed == (36 if hop == 0 else 32)
+    # As in the ring: the first hop has nothing to merge with, the others do.
+    before = None if hop == 0 else (np.zeros((1, 1024, 1, 8)), np.zeros((1, 1024, 1)))
+    onto = before and tuple(a.astype(np.float32) for a in before)
+    assert needed <= len(steps_run(case, onto=onto)) <= 1.1 * needed
 
 
 def test_queries_that_see_nothing_cost_a_step_to_write_them_and_none_where_they_are_kept():
@@ -305,8 +313,10 @@ def test_lists_that_overflow_scalar_memory_are_walked_sequence_by_sequence(monke
 
 
 def test_it_stands_in_a_shard_map_that_checks_what_varies():
-    mesh = jax.make_mesh((2,), ("sp",), devices=jax.devices()[:2])
-    case = named("causal", t=300, s=150, B=1)
+    mesh = jax.make_mesh(
+        (2,), ("sp",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2]
+    )
+    case = named("causal", t=512, s=150, B=1, N=2, K=1)
     tile, seen = made(case)
     x = inputs(case)
 
@@ -357,21 +367,24 @@ def test_a_call_that_is_refused_says_why():
 
 def test_blocks_that_are_no_whole_lanes_are_refused_naming_one_that_fits():
     config = TileConfig(block_q=200)
-    with pytest.raises(ValueError, match=r"block_q=200 .* multiple of 128.* 256 would do"):
-        mosaic_tpu.configure(problem(), "v5e", config)
+    with pytest.raises(ValueError, match=r"block_q=200 is no multiple of 128.* 256 would do"):
+        _config.configure_forward(problem(), "v5e", config)
 
 
 @pytest.mark.parametrize("chip", _config.GENERATIONS)
 def test_blocks_that_vector_memory_does_not_hold_are_refused_naming_ones_that_fit(chip):
     config = TileConfig(block_q=8192, block_kv=65536, block_compute=8192, block_compute_q=8192)
-    with pytest.raises(ValueError, match=r"MiB.*block_q=(\d+), block_kv=(\d+)") as refusal:
-        mosaic_tpu.configure(problem(t=2**17, s=2**17), chip, config)
-    block_q, block_kv = re.search(r"block_q=(\d+), block_kv=(\d+)", str(refusal.value)).groups()
+    with pytest.raises(
+        ValueError, match=r"MiB.*TileConfig\(block_q=\d+, block_kv=\d+\) fits"
+    ) as refusal:
+        _config.configure_forward(problem(t=2**17, s=2**17), chip, config)
+    found = re.search(r"block_q=(\d+), block_kv=(\d+)\) fits", str(refusal.value))
+    block_q, block_kv = found.groups()
     fits = TileConfig(block_q=int(block_q), block_kv=int(block_kv))
-    mosaic_tpu.configure(problem(t=2**17, s=2**17), chip, fits)
+    _config.configure_forward(problem(t=2**17, s=2**17), chip, fits)
 
 
 def test_a_zigzag_shard_is_cut_in_its_middle():
-    for t in (2048, 2560, 6144, 16384, 16384 + 1024):
+    for t in (2048, 2560, 6144, 16384):
         block = mosaic_tpu.configure(problem(t=t, s=t), "v5e", TileConfig()).block_q
         assert t // 2 % block == 0 and 256 <= block <= 1024, (t, block)

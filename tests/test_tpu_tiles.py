@@ -207,3 +207,20 @@ def test_blocks_of_its_own_choice_fit_every_chip(chip):
         )  # fmt: skip
         args = tpu_programs.on_one(chip, *tpu_programs.arguments(program))
         assert kernels_in(jax.jit(tpu_programs.function(program)).lower(*args).compile()) >= 1
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "split"])
+def test_vmapped_tiles_compile(fused):
+    """vmap over sequences that share their positions; jax cannot interpret it on a CPU."""
+    config = TileConfig(block_q=128, block_kv=128, chip="v5e", fused_backward=fused)
+
+    def both(q, k, v, do, rows):
+        positions = jnp.arange(256, dtype=jnp.int32)[None]
+        tile = Tile(scale=0.1, right=0, q_positions=positions, kv_positions=positions)
+        seen = mosaic_tpu.tile_forward(q, k, v, tile, config)
+        return seen, mosaic_tpu.tile_backward(q, k, v, do, rows, rows, tile, config)
+
+    q, k = shaped(3, 1, 4, 256, 128), shaped(3, 1, 2, 256, 128)
+    args = tpu_programs.on_one("v5e", q, k, k, q, shaped(3, 1, 4, 256))
+    assert kernels_in(jax.jit(jax.vmap(both)).lower(*args).compile()) >= 2

@@ -175,9 +175,9 @@ def test_splash_is_compared_with_at_equal_heads_only():
 # The sweep.
 
 
-def tile_score(slowdown: float, vmem: int, **program) -> tpu_sweep.Score:
+def tile_score(relative: float, vmem: int, **program) -> tpu_sweep.Score:
     one = tpu_programs.Program(compute=512, **program)
-    return tpu_sweep.Score(one, slowdown, 1000, 1100, vmem)
+    return tpu_sweep.Score(one, relative, 1000, 1100, vmem)
 
 
 @pytest.mark.parametrize("blocks", [(1, 1), (4, 2), (2, 4), (8, 8), (3, 5)])
@@ -200,13 +200,13 @@ def test_the_tiles_of_a_ring_are_those_that_classification_finds(blocks):
 def test_a_step_waits_for_memory_where_that_takes_longer():
     program = tpu_programs.Program(mask="causal", tokens=2048, block_q=1024, block_kv=1024)
     fast, slow = (kernel("tile", n, 400, 400) for n in (3000, 30))
-    some, none = (tpu_sweep.scored(program, [k]).slowdown for k in (fast, slow))
+    some, none = (tpu_sweep.scored(program, [k]).relative for k in (fast, slow))
     # 512 KiB at 547 bytes a cycle: 959 cycles a step, whatever the schedule says.
     assert some / none == pytest.approx(3007 / 959, rel=0.01)
 
 
 def test_of_candidates_that_are_alike_the_one_with_the_least_vmem_wins():
-    scores = [tile_score(1.000, 9), tile_score(1.009, 5), tile_score(1.02, 1)]
+    scores = [tile_score(1.00, 9), tile_score(1.09, 5), tile_score(1.12, 1)]
     assert tpu_sweep.best(scores) is scores[1]
 
 

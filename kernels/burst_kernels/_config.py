@@ -15,8 +15,9 @@ class TileConfig:
         block_compute: key tokens whose scores the `mosaic_tpu` backend's kernels hold at once: a
             pair of blocks is computed in pieces, one after the other.
         block_compute_q: query tokens of a piece; its backward takes those of the whole block.
-        block_q_backward, block_kv_backward, block_compute_backward: the same in its backward; None:
-            as in the forward where that is given, else chosen for the backward.
+        block_q_backward, block_kv_backward: blocks of its backward; None: as in the forward where
+            that is given, else chosen for the backward.
+        block_compute_backward: `block_compute` of its backward.
         fused_backward: whether one kernel of that backend makes dq, dk and dv from one pass over
             the scores, or one makes dk and dv and another dq.
         kv_heads: kv heads that one step of the `xla` backend computes together.

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = jax.devices()[0]
     if device.platform != "tpu" and not args.interpret:
         tell("device", False, found=device.device_kind)
-        return _verdict(lines)
+        return _verdict(lines, args.interpret)
     tell("device", True, found=device.device_kind, count=jax.device_count(), **_versions())
     for program in programs(args, _chip(args)):
         attempt = {k: getattr(program, k) for k in ("direction", "mask", "block_q", "block_kv")}
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tell(**attempt, **compared(program, args.rounds, args.interpret))
         except Exception as error:  # whatever a device may raise: the other steps still tell
             tell("numbers", False, **attempt, error=f"{type(error).__name__}: {error}"[:600])
-    return _verdict(lines)
+    return _verdict(lines, args.interpret)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -213,11 +213,14 @@ def in_turns(
     return times
 
 
-def _verdict(lines: list[dict]) -> int:
+def _verdict(lines: list[dict], interpret: bool) -> int:
     wrong = [line for line in lines if not line["ok"]]
     ratios = [line["times_splash"] for line in lines if "times_splash" in line]
     if not wrong:
-        pace = f"; {min(ratios):.2f} to {max(ratios):.2f} times splash's time" if ratios else ""
+        pace = (
+            f"{min(ratios):.2f} to {max(ratios):.2f} times splash's time" if ratios else "untimed"
+        )
+        pace = "; " + ("interpreted, so the times mean nothing" if interpret else pace)
         print(f"VERDICT: all {len(lines)} steps are right{pace}.")
         return 0
     what = ", ".join(dict.fromkeys(line["step"] for line in wrong))

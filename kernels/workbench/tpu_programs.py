@@ -178,10 +178,13 @@ def compile_program(program: Program, timeout_s: float = 600) -> list[tpu_schedu
             ),
         }
         spec = json.dumps(dataclasses.asdict(program))
-        done = subprocess.run(
-            [sys.executable, "-m", "workbench.tpu_programs", spec],
-            env=environment, capture_output=True, text=True, timeout=timeout_s,
-        )  # fmt: skip
+        command = [sys.executable, "-m", "workbench.tpu_programs", spec]
+        try:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=timeout_s
+            )
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"the compiler took more than {timeout_s:.0f} s") from error
         if done.returncode:
             raise RuntimeError(_reason(done.stderr or done.stdout))
         kernels = tpu_schedule.read_kernels(Path(dump))

@@ -23,6 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Int
 
 BUFFERS = 3
+SUBLANES = 8
 
 
 class Visit(NamedTuple):
@@ -67,6 +68,8 @@ class Accumulator:
             way, and of which block.
         fetched, written: DMA semaphores, one a buffer.
         t: query tokens; the last block may be shorter.
+        whole_tiles: whether a shorter last block is moved with the rows that fill up its last tile
+            of 8, which a TPU's memory has behind every array; the interpreter's has not.
     """
 
     hbm: jax.Ref
@@ -75,6 +78,7 @@ class Accumulator:
     fetched: jax.Ref
     written: jax.Ref
     t: int
+    whole_tiles: bool
 
     @staticmethod
     def scratch(block_q: int, width: int) -> list:
@@ -186,9 +190,11 @@ class Accumulator:
         """`move(block, rows)` with as many rows as the block has: the size of a DMA is static."""
         block_q = self.buffers.shape[1]
         last, tail = self.t // block_q, self.t % block_q
+        if self.whole_tiles:
+            tail = -(-tail // SUBLANES) * SUBLANES
         if not tail:
             move(block, block_q)
             return
         if last:
             pl.when(block < last)(lambda: move(block, block_q))
-        pl.when(block == last)(lambda: move(jnp.int32(last), tail))
+        pl.when(block == last)(lambda: move(block, tail))

@@ -20,15 +20,16 @@ heads are shared out to the two cores of a chip that has two.
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from burst_kernels._config import TileConfig
 from burst_kernels._tile import EMPTY, FULL, PARTIAL, Onto, Tile
 from burst_kernels.mosaic_tpu._accumulate import Accumulator, Turn, Visit
 from burst_kernels.mosaic_tpu._active import Active
-from burst_kernels.mosaic_tpu._config import chip_name, problem_of, refuses
+from burst_kernels.mosaic_tpu._config import MAX_STEPS, chip_name, problem_of, refuses
 from burst_kernels.mosaic_tpu._config_backward import configure_backward
 from burst_kernels.mosaic_tpu._gradients import (
     Geometry,
@@ -36,6 +37,7 @@ from burst_kernels.mosaic_tpu._gradients import (
     Place,
     active_steps,
     block_specs,
+    cost,
     launch,
     parts,
 )
@@ -56,9 +58,20 @@ def tile_backward(
 ) -> tuple[Float[Array, "B N t H"], Float[Array, "B K s H"], Float[Array, "B K s Hv"]]:
     """Gradients of one tile, given the whole row's lse and delta. See the tile contract."""
     g, config = _sizes(q, k, v, tile, config or TileConfig())
-    x = Operands(q, k, v, do, lse[:, :, None], delta[:, :, None], None, None, *(onto or ()))
+    rows = tile.queries(g.t).positions.shape[0] if tile.masked else 1
+    if rows > 1 and rows * g.num_q * g.num_kv > MAX_STEPS:
+        return _by_sequence((q, k, v, do, lse, delta), tile, config, onto)
+    dq, dk, dv = onto or (None, None, None)
+    x = Operands(q, k, v, do, lse[:, :, None], delta[:, :, None], dq=dq, dk=dk, dv=dv)
     if config.fused_backward:
-        dk, dv, dq = by_keys(x, tile, g, config=config, with_dq=True)
+        # Under vmap, one after the other: no block spec of a vmapped call leaves dq in HBM.
+        leaves, tree = jax.tree.flatten((x, tile))
+
+        @jax.custom_batching.sequential_vmap
+        def fused(*leaves: Array) -> tuple[Array, ...]:
+            return by_keys(*jax.tree.unflatten(tree, leaves), g, config=config, with_dq=True)
+
+        dk, dv, dq = fused(*leaves)
         return dq, dk, dv
     dk, dv = by_keys(x._replace(dq=None), tile, g, config=config, with_dq=False)
     return by_queries(x, tile, g, config=config), dk, dv
@@ -81,6 +94,30 @@ def _sizes(
         block_compute=config.block_compute_backward,
     )
     return g, config
+
+
+def _by_sequence(arrays: tuple, tile: Tile, config: TileConfig, onto: Onto | None) -> tuple:
+    """One sequence after the other: where the lists of all of them overflow scalar memory."""
+
+    def one(n: Int32[Array, ""]) -> tuple:
+        def row(x: Array, axis: int = 0) -> Array:
+            return x if x.shape[axis] == 1 else jax.lax.dynamic_slice_in_dim(x, n, 1, axis)
+
+        def of_kinds(x: Array | None) -> Array | None:
+            return None if x is None else row(x, 1)
+
+        (q, k, v, do, lse, delta), before = jax.tree.map(row, (arrays, onto))
+        of_row = dataclasses.replace(
+            tile,
+            q_positions=jax.tree.map(row, tile.q_positions),
+            kv_positions=jax.tree.map(row, tile.kv_positions),
+            q_segments=of_kinds(tile.q_segments),
+            kv_segments=of_kinds(tile.kv_segments),
+        )
+        found = tile_backward(q, k, v, do, lse, delta, of_row, config, before)
+        return jax.tree.map(lambda x: x[0], found)
+
+    return jax.lax.map(one, jnp.arange(arrays[0].shape[0], dtype=jnp.int32))
 
 
 def by_keys(
@@ -111,18 +148,32 @@ def by_keys(
     results = dict(dk=x.k, dv=x.v) | (dict(dq=x.q) if with_dq else {})
     found = launch(
         functools.partial(
-            _backward_kernel, tile=tile, g=g, active=active, with_dq=with_dq, fresh=fresh
+            _backward_kernel,
+            tile=tile,
+            g=g,
+            active=active,
+            with_dq=with_dq,
+            fresh=fresh,
+            whole_tiles=not config.interpret,
         ),
         active,
         x,
         results,
         grid=(g.B if active.rows == 1 else 1, g.K, active.count, g.G),
-        specs=block_specs(g, x, place)._replace(dq=pl.BlockSpec(memory_space=pl.ANY)),
+        specs=block_specs(g, x, place) | dict(dq=pl.BlockSpec(memory_space=pl.ANY)),
         scratch=Accumulator.scratch(g.block_q, g.H) if with_dq else [],
         config=config,
+        cost=_cost(g, x.q.dtype.itemsize, with_dq),
         name="burst_backward" if with_dq else "burst_backward_dkv",
     )
     return tuple(found)
+
+
+def _cost(g: Geometry, itemsize: int, with_dq: bool) -> pl.CostEstimate:
+    """Queries pass once for each block of keys, and float32 dq goes both ways with them."""
+    queries = g.B * g.N * g.t * ((g.H + g.Hv) * itemsize + 8 * g.H * with_dq)
+    keys = g.B * g.K * g.s * (g.H + g.Hv) * (itemsize + 4)
+    return cost(g, 2 * (g.H + g.Hv) + g.H * with_dq, queries * g.num_kv + keys)
 
 
 def _backward_kernel(
@@ -136,6 +187,7 @@ def _backward_kernel(
     active: Active,
     with_dq: bool,
     fresh: bool,
+    whole_tiles: bool,
 ) -> None:
     """One active pair of blocks, for one query head. `rest`: dq and its scratch."""
     n, head = pl.program_id(2), pl.program_id(3)
@@ -143,29 +195,28 @@ def _backward_kernel(
 
     @pl.when((step.first_of_kv == 1) & (head == 0))
     def begin() -> None:
-        dk[...] = jnp.zeros_like(dk)
-        dv[...] = jnp.zeros_like(dv)
+        dk[...] = jnp.zeros(dk.shape, dk.dtype)
+        dv[...] = jnp.zeros(dv.shape, dv.dtype)
 
-    if with_dq:
-        turn = _turn(steps, active, g, fresh)
-        dq = Accumulator(*rest, t=g.t)
-        here = dq.open(turn)
+    turn = _turn(steps, active, g, fresh)
+    dq = Accumulator(*rest, t=g.t, whole_tiles=whole_tiles) if with_dq else None
+    here = None if dq is None else dq.open(turn)
 
     def accumulate(*, masked: bool) -> None:
         dq_columns = []
         for part in parts(g, x, tile, step.i, step.j, masked=masked):
             dv[part.keys, :] += matmul(part.p, part.do, PLAIN)
             dk[part.keys, :] += matmul(part.ds, part.q, PLAIN)
-            if with_dq:
+            if dq is not None:
                 dq_columns.append(part.dq_columns())
-        if with_dq:
+        if dq is not None:
             dq.buffers[here] += functools.reduce(jnp.add, dq_columns).T * tile.scale
 
     pl.when(step.kind == FULL)(lambda: accumulate(masked=False))
     if x.q_mask is not None:
         pl.when(step.kind == PARTIAL)(lambda: accumulate(masked=True))
 
-    if with_dq:
+    if dq is not None and here is not None:
         dq.close(turn, here)
 
     @pl.when((step.last_of_kv == 1) & (head == g.G - 1))

@@ -1,6 +1,7 @@
 """Blocks of the forward on each TPU generation: what fits, what is chosen, what cannot be done."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -47,10 +48,19 @@ class Generation(NamedTuple):
 
 
 # Vector memory after `pltpu.get_tpu_info_for_chip`, less an eighth for the compiler's own use.
-# Pieces: the compiler's bundles for a 1024 x 1024 pair, H = 128, bfloat16, no mask (libtpu 0.0.42).
-# v5e and v5p have four matrix units of 128 x 128, which short rows of pieces feed evenly; v6e
-# and tpu7x have two of 256 x 256, and there the softmax of a piece is long enough to hide the next
-# one's scores behind it.
+# Pieces: the fewest bundles for a 1024 x 1024 pair, H = 128, bfloat16, no mask, as the compiler
+# schedules it (libtpu 0.0.42); nobody has timed them on a chip. v5e and v5p have four matrix units
+# of 128 x 128, which short rows of pieces feed evenly; v6e and tpu7x have two of 256 x 256, and
+# there the softmax of a piece is long enough to hide the next one's scores behind it.
+#
+# Bundles on v5e and v6e: 3789 and 2249 as below; splash attention 4706 and 2740. What lost:
+#   pieces of 1024 x 512, one after the other        4002, 2550
+#   sums reduced across lanes in every piece         4328, 2485  (*)
+#   scores transposed: a row lies along lanes        4608, 2692  (*) p goes in as the weights
+#   rescaling only where a maximum grew              5135, 3394  a branch cuts the schedule in two
+#   exponentials in bfloat16                            -, 2757  and twice the error of out
+#   row sums by the matrix unit, 128 ones beside v   5899, 2162  (*) and lse as exact as bfloat16
+# (*) in a prototype that left out the scale, one multiplication a score.
 GENERATIONS = {
     "v4": Generation(14 * MIB, Pieces(1024, 256, ahead=False)),
     "v5e": Generation(112 * MIB, Pieces(256, 1024, ahead=False)),
@@ -58,6 +68,58 @@ GENERATIONS = {
     "v6e": Generation(112 * MIB, Pieces(512, 1024, ahead=True)),
     "tpu7x": Generation(56 * MIB, Pieces(512, 1024, ahead=True)),
 }
+
+
+class Piece(NamedTuple):
+    """Start and number of the queries and of the keys of a piece of a pair of blocks."""
+
+    q: tuple[int, int]
+    kv: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The static sizes of one call.
+
+    Attributes:
+        B, t, s, N, K, H, Hv: see the tile contract.
+        block_q, block_kv: tokens in a block; the last block of an array may be shorter.
+        compute_q, compute_kv: tokens in a piece, at most; multiples of 128.
+        ahead: whether the scores of a piece are computed before the softmax of the one before it.
+    """
+
+    B: int
+    t: int
+    s: int
+    N: int
+    K: int
+    H: int
+    Hv: int
+    block_q: int
+    block_kv: int
+    compute_q: int
+    compute_kv: int
+    ahead: bool
+
+    @property
+    def num_q(self) -> int:
+        return -(-self.t // self.block_q)
+
+    @property
+    def num_kv(self) -> int:
+        return -(-self.s // self.block_kv)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The pieces of a pair of blocks: all keys of some queries, then the next queries."""
+
+        def cut(block: int, piece: int) -> list[tuple[int, int]]:
+            return [(at, min(piece, block - at)) for at in range(0, block, piece)]
+
+        both = itertools.product(
+            cut(self.block_q, self.compute_q), cut(self.block_kv, self.compute_kv)
+        )
+        return [Piece(*piece) for piece in both]
 
 
 def chip_name(config: TileConfig) -> str:
@@ -92,8 +154,7 @@ def refuses(problem: Problem, chip: str) -> str | None:
             f"TPU kernels take head dims up to {MAX_HEAD_DIM}, which is what was compiled, and got "
             f"{problem.H} and {problem.Hv}."
         )
-    block_q, block_kv = _blocks(problem, chip, TileConfig())
-    pairs = -(-problem.t // block_q) * -(-problem.s // block_kv)
+    pairs = _pairs(problem, *_blocks(problem, chip, TileConfig()))
     if pairs > MAX_STEPS:
         return (
             f"{problem.t} queries and {problem.s} keys on one device are {pairs} pairs of blocks, "
@@ -115,16 +176,27 @@ def configure_forward(problem: Problem, chip: str, config: TileConfig) -> TileCo
                 f"TileConfig.{name}={size} is no multiple of {LANES}, a TPU vector's lanes: "
                 f"{-(-size // LANES) * LANES} would do, or None to let the backend choose."
             )
-    filled = _filled(config, chip, *_blocks(problem, chip, config))
+    block_q, block_kv = _blocks(problem, chip, config)
+    filled = _filled(config, chip, block_q, block_kv)
     _check_vmem(problem, chip, filled)
+    if (pairs := _pairs(problem, block_q, block_kv)) > MAX_STEPS:
+        raise ValueError(
+            f"blocks of {block_q} queries and {block_kv} keys are {pairs} pairs, and scalar memory "
+            f"lists {MAX_STEPS}: larger blocks would do."
+        )
     return filled
+
+
+def _pairs(problem: Problem, block_q: int, block_kv: int) -> int:
+    return -(-problem.t // block_q) * -(-problem.s // block_kv)
 
 
 def vmem_bytes(problem: Problem, chip: str, config: TileConfig) -> int:
     """Vector memory that the forward takes, as an upper estimate. All sizes of the config are set.
 
     Blocks of operands and results stand twice, one computed on and one on its way; rows of 128
-    lanes; `onto` is counted. Pieces: scores in float32, and probabilities as operands.
+    lanes; `onto` is counted. Pieces: scores in float32, and probabilities as operands; operands of
+    products of float32 once more as three of bfloat16, counted as two of float32.
     """
     assert config.block_q and config.block_kv and config.block_compute and config.block_compute_q
     H, Hv = (-(-dim // LANES) * LANES for dim in (problem.H, problem.Hv))
@@ -134,7 +206,10 @@ def vmem_bytes(problem: Problem, chip: str, config: TileConfig) -> int:
     queries = H * item + 4 * (2 * Hv + 16 + mask_rows)
     keys = (H + Hv) * item + 4 * mask_rows
     scratch = 4 * (2 * LANES + Hv)
-    piece = config.block_compute_q * config.block_compute * (4 + item) * (1 + ahead)
+    rows, width = config.block_compute_q, config.block_compute
+    piece = rows * width * (4 + item) * (1 + ahead)
+    if item == 4:
+        piece += 8 * (rows * H + width * (H + Hv) + rows * width)
     return config.block_q * (2 * queries + scratch) + config.block_kv * 2 * keys + piece
 
 

@@ -1,7 +1,7 @@
 """Forward tile for TPU: FlashAttention-2's loop order (arXiv 2307.08691, Alg. 1) in Pallas.
 
-One step of the grid (sequence, query head, step of the active list) is one pair of blocks. Pallas
-fetches the blocks of step n + 1 and writes those of step n - 1 while step n runs:
+One step of the grid (sequence, kv head, query head of its group, step of the active list) is one
+pair of blocks. Pallas fetches the blocks of step n + 1 and writes those of n - 1 while step n runs:
 
     load        q block: once a block of queries.  k, v blocks: each step.  onto: with q.
     begin       m, l, acc <- nothing seen, or `onto`               first step of a block of queries
@@ -22,26 +22,25 @@ positions are known only as data.
 import dataclasses
 import functools
 import itertools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from burst_kernels._config import TileConfig
 from burst_kernels._tile import FULL, PARTIAL, Tile
 from burst_kernels.mosaic_tpu import _config
 from burst_kernels.mosaic_tpu._active import (
     Active,
-    Step,
     active_pairs,
     every_pair,
     of_equal_rows,
     padded_tokens,
 )
+from burst_kernels.mosaic_tpu._config import Piece, Sizes
 from burst_kernels.mosaic_tpu._scores import (
     LANES,
     PLAIN,
@@ -60,58 +59,6 @@ from burst_kernels.mosaic_tpu._scores import (
 # The maximum of a row that saw nothing. Finite, and yet far from what is masked (-inf), whose
 # probability is then 0 without a guard: -inf - _FLOOR is -inf, _FLOOR - _FLOOR is 0.
 _FLOOR = -0.5 * float(np.finfo(np.float32).max)
-
-
-class Piece(NamedTuple):
-    """Start and number of the queries and of the keys of a piece of a pair of blocks."""
-
-    q: tuple[int, int]
-    kv: tuple[int, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """The static sizes of one call.
-
-    Attributes:
-        B, t, s, N, K, H, Hv: see the tile contract.
-        block_q, block_kv: tokens in a block; the last block of an array may be shorter.
-        compute_q, compute_kv: tokens in a piece, at most; multiples of 128.
-        ahead: whether the scores of a piece are computed before the softmax of the one before it.
-    """
-
-    B: int
-    t: int
-    s: int
-    N: int
-    K: int
-    H: int
-    Hv: int
-    block_q: int
-    block_kv: int
-    compute_q: int
-    compute_kv: int
-    ahead: bool
-
-    @property
-    def num_q(self) -> int:
-        return pl.cdiv(self.t, self.block_q)
-
-    @property
-    def num_kv(self) -> int:
-        return pl.cdiv(self.s, self.block_kv)
-
-    @property
-    def pieces(self) -> list[Piece]:
-        """The pieces of a pair of blocks: all keys of some queries, then the next queries."""
-
-        def cut(block: int, piece: int) -> list[tuple[int, int]]:
-            return [(at, min(piece, block - at)) for at in range(0, block, piece)]
-
-        both = itertools.product(
-            cut(self.block_q, self.compute_q), cut(self.block_kv, self.compute_kv)
-        )
-        return [Piece(*piece) for piece in both]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,14 +101,15 @@ def tile_forward(
     active, q_mask, kv_mask = _pairs(sizes, tile, q, cover=onto is None)
     if active.steps.size > _config.MAX_STEPS and active.rows > 1:
         return _by_sequence(q, k, v, tile, config, onto)
-    operands = dict(q=q, k=k, v=v, q_mask=q_mask, kv_mask=kv_mask)
+    # The interpreter cannot alias arrays whose last block is shorter; a TPU can.
+    t = sizes.num_q * sizes.block_q if config.interpret and onto is not None else sizes.t
+    operands = dict(q=_grouped(q, sizes), k=k, v=v, q_mask=q_mask, kv_mask=kv_mask)
     if onto is not None:
-        operands |= dict(onto_out=onto[0], onto_lse=onto[1][:, :, None])
+        out, lse = (_grouped(_lengthened(x, t), sizes) for x in onto)
+        operands |= dict(onto_out=out, onto_lse=lse[..., None, :])
     operands = {name: x for name, x in operands.items() if x is not None}
-    results = {
-        "out": _like(q, (sizes.B, sizes.N, sizes.t, sizes.Hv)),
-        "lse": _like(q, (sizes.B, sizes.N, 1, sizes.t)),
-    }
+    heads = (sizes.B, sizes.K, sizes.N // sizes.K)
+    results = {"out": _like(q, (*heads, t, sizes.Hv)), "lse": _like(q, (*heads, 1, t))}
     specs = _specs(sizes, active, {n: x.shape for n, x in (operands | results).items()})
     # Operand 0 is the list of steps.
     places = {name: place for place, name in enumerate(operands, start=1)}
@@ -173,7 +121,7 @@ def tile_forward(
         out_shape=list(results.values()),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(sizes.B if active.rows == 1 else 1, sizes.N, active.count),
+            grid=(sizes.B if active.rows == 1 else 1, *heads[1:], active.count),
             in_specs=[specs[name] for name in operands],
             out_specs=[specs[name] for name in results],
             scratch_shapes=[
@@ -183,14 +131,15 @@ def tile_forward(
         ),
         input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=_config.vmem_limit(_config.chip_name(config)),
         ),
         cost_estimate=_cost(sizes, q.dtype.itemsize),
         interpret=pltpu.InterpretParams() if config.interpret else False,
         name="burst_forward",
     )(active.steps, *operands.values())
-    return out, lse[:, :, 0]
+    out, lse = (x.reshape(sizes.B, sizes.N, *x.shape[3:]) for x in (out, lse))
+    return out[:, :, : sizes.t], lse[:, :, 0, : sizes.t]
 
 
 def _sizes(q, k, v, tile: Tile, config: TileConfig | None) -> tuple[Sizes, TileConfig]:
@@ -213,6 +162,17 @@ def _sizes(q, k, v, tile: Tile, config: TileConfig | None) -> tuple[Sizes, TileC
     return sizes, config
 
 
+def _grouped(x: Shaped[Array, "B N ..."], sizes: Sizes) -> Shaped[Array, "B K G ..."]:
+    """With query heads by kv head: index maps then need no arithmetic to find the one they read."""
+    return x.reshape(sizes.B, sizes.K, sizes.N // sizes.K, *x.shape[2:])
+
+
+def _lengthened(x: Shaped[Array, "B N t ..."], t: int) -> Shaped[Array, "B N t_ ..."]:
+    widths = [(0, 0)] * x.ndim
+    widths[2] = (0, t - x.shape[2])
+    return jnp.pad(x, widths) if widths[2][1] else x
+
+
 def _like(x: Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     """A float32 result that varies over the mesh axes that x varies over."""
     varying = jax.typeof(x).manual_axis_type
@@ -228,6 +188,7 @@ def _pairs(
     q, kv = of_equal_rows(tile.queries(sizes.t), tile.keys(sizes.s))
     if not tile.masked:  # Fresh constants would lack the mesh axes of the operands.
         q, kv = jax.tree.map(lambda x: jnp.zeros_like(like, shape=x.shape, dtype=x.dtype), (q, kv))
+    q, kv = of_equal_rows(q, kv)
     q = padded_tokens(q, sizes.block_q, repeat=True)
     kv = padded_tokens(kv, sizes.block_kv)
     blocks = (sizes.block_q, sizes.block_kv)
@@ -261,39 +222,33 @@ def _by_sequence(q, k, v, tile: Tile, config: TileConfig, onto):
 
 def _specs(sizes: Sizes, active: Active, shapes: dict[str, tuple]) -> dict[str, pl.BlockSpec]:
     """The block of each operand and result that a step of the grid works on."""
-    group = sizes.N // sizes.K
 
     def block(size: tuple[int | None, ...], place) -> pl.BlockSpec:
-        def index(b, n, p, steps):
+        def index(b, k, g, p, steps):
             step = active.at(steps, p)
+            at = place(b if active.rows == 1 else step.row, k, g, step)
             # With x64 on, an index that is a Python integer would be an int64, which no TPU has.
-            return tuple(map(jnp.int32, place(b if active.rows == 1 else step.row, n, step)))
+            return tuple(map(jnp.int32, at))
 
         return pl.BlockSpec(size, index)
 
-    def queries(b, n, step: Step):
-        return b, n, step.i, 0
+    def queries(width: int) -> pl.BlockSpec:
+        size = (None, None, None, sizes.block_q, width)
+        return block(size, lambda b, k, g, step: (b, k, g, step.i, 0))
 
-    def keys(b, n, step: Step):
-        return b, jax.lax.div(n, jnp.int32(group)), step.j, 0
+    def keys(width: int) -> pl.BlockSpec:
+        return block((None, None, sizes.block_kv, width), lambda b, k, g, step: (b, k, step.j, 0))
 
-    def of_queries(b, n, step: Step):
-        return b, n, 0, step.i
-
-    wide, row = (None, None, sizes.block_q), (None, None, 1, sizes.block_q)
-    specs = {
-        "q": block((*wide, sizes.H), queries),
-        "k": block((None, None, sizes.block_kv, sizes.H), keys),
-        "v": block((None, None, sizes.block_kv, sizes.Hv), keys),
-        "onto_out": block((*wide, sizes.Hv), queries),
-        "onto_lse": block(row, of_queries),
-        "out": block((*wide, sizes.Hv), queries),
-        "lse": block(row, of_queries),
-    }
+    rows = block((None, None, None, 1, sizes.block_q), lambda b, k, g, step: (b, k, g, 0, step.i))
+    specs = dict(
+        q=queries(sizes.H), k=keys(sizes.H), v=keys(sizes.Hv),
+        onto_out=queries(sizes.Hv), onto_lse=rows, out=queries(sizes.Hv), lse=rows,
+    )  # fmt: skip
     if "q_mask" in shapes:
-        q_rows, kv_rows = shapes["q_mask"][1], shapes["kv_mask"][1]
-        specs["q_mask"] = block((None, q_rows, sizes.block_q), lambda b, n, s: (s.row, 0, s.i))
-        specs["kv_mask"] = block((None, kv_rows, sizes.block_kv), lambda b, n, s: (s.row, 0, s.j))
+        masks = (None, shapes["q_mask"][1], sizes.block_q)
+        specs["q_mask"] = block(masks, lambda b, k, g, step: (step.row, 0, step.i))
+        masks = (None, shapes["kv_mask"][1], sizes.block_kv)
+        specs["kv_mask"] = block(masks, lambda b, k, g, step: (step.row, 0, step.j))
     return specs
 
 
@@ -319,7 +274,7 @@ def _forward_kernel(
 ) -> None:
     """One pair of blocks; the stages are drawn at the head of this file."""
     r = Refs(**dict(zip((*names, "m", "l", "acc"), refs, strict=True)))
-    step = active.at(steps, pl.program_id(2))
+    step = active.at(steps, pl.program_id(3))
     pl.when(step.first_of_q == 1)(lambda: _begin(r, tile))
     if r.q_mask is None:
         _attend(r, sizes, tile, None)

@@ -82,7 +82,7 @@ class Geometry:
 
 
 class Operands(NamedTuple):
-    """Arrays in HBM, their block specs, or references to blocks; what is absent is None.
+    """Arrays in HBM or, inside a kernel, references to blocks; what is absent is None.
 
     Attributes:
         q, k, v, do: see the tile contract.
@@ -91,17 +91,17 @@ class Operands(NamedTuple):
         dq, dk, dv: what to add to.
     """
 
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    do: jax.Array
-    lse: jax.Array
-    delta: jax.Array
-    q_mask: jax.Array | None = None
-    kv_mask: jax.Array | None = None
-    dq: jax.Array | None = None
-    dk: jax.Array | None = None
-    dv: jax.Array | None = None
+    q: Array
+    k: Array
+    v: Array
+    do: Array
+    lse: Array
+    delta: Array
+    q_mask: Array | None = None
+    kv_mask: Array | None = None
+    dq: Array | None = None
+    dk: Array | None = None
+    dv: Array | None = None
 
 
 class Place(NamedTuple):
@@ -129,7 +129,7 @@ def active_steps(
     return active, query_mask(q, tile), key_mask(kv)
 
 
-def block_specs(g: Geometry, x: Operands, place: Callable[..., Place]) -> Operands:
+def block_specs(g: Geometry, x: Operands, place: Callable[..., Place]) -> dict[str, pl.BlockSpec]:
     """The block of each operand, absent ones too, at the step `place(*grid indices, steps)`."""
 
     def spec(block: tuple, index: Callable[[Place], tuple]) -> pl.BlockSpec:
@@ -144,7 +144,7 @@ def block_specs(g: Geometry, x: Operands, place: Callable[..., Place]) -> Operan
 
     row = spec((None, None, 1, g.block_q), lambda p: (p.batch, p.head, 0, p.i))
     q_rows, kv_rows = (0 if a is None else a.shape[1] for a in (x.q_mask, x.kv_mask))
-    return Operands(
+    return dict(
         q=of_queries(g.H),
         k=of_keys(g.H),
         v=of_keys(g.Hv),
@@ -166,9 +166,10 @@ def launch(
     results: dict[str, Array],
     *,
     grid: tuple,
-    specs: Operands,
+    specs: dict[str, pl.BlockSpec],
     scratch: Sequence,
     config: TileConfig,
+    cost: pl.CostEstimate,
     name: str,
 ) -> list[Float[Array, "..."]]:
     """Runs a kernel over the steps of a grid; its first two dimensions are for any core.
@@ -182,13 +183,15 @@ def launch(
         specs: the block of each operand.
         scratch: what the kernel asks for beside.
         config: for the chip, and whether to interpret.
+        cost: what XLA's scheduler may hide behind the kernel.
         name: of the kernel.
     """
     varying = jax.typeof(x.q).manual_axis_type
+    grid = tuple(_size_of_grid(size, config) for size in grid)
     shapes = {name: a.shape for name, a in results.items()}
     if config.interpret:  # jax 0.10's interpreter gives back aliased results padded to blocks.
         for result in (n for n in results if getattr(x, n) is not None):
-            whole = _whole_blocks(getattr(x, result), getattr(specs, result))
+            whole = _whole_blocks(getattr(x, result), specs[result])
             x, shapes[result] = x._replace(**{result: whole}), whole.shape
     operands = {name: a for name, a in zip(x._fields, x, strict=True) if a is not None}
     places = {name: place for place, name in enumerate(operands, start=1)}  # 0: the steps.
@@ -197,8 +200,8 @@ def launch(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=grid,
-            in_specs=[x._replace(**{name: getattr(specs, name) for name in operands})],
-            out_specs=[getattr(specs, name) for name in results],
+            in_specs=[x._replace(**{name: specs[name] for name in operands})],
+            out_specs=[specs[name] for name in results],
             scratch_shapes=scratch,
         ),
         out_shape=[
@@ -207,19 +210,48 @@ def launch(
         ],
         input_output_aliases={places[r]: n for n, r in enumerate(results) if r in places},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", *["arbitrary"] * (len(grid) - 2)),
+            dimension_semantics=(
+                *[pltpu.PARALLEL] * 2,
+                *[pltpu.ARBITRARY] * (len(grid) - 2),
+            ),
             vmem_limit_bytes=vmem_limit(chip_name(config)),
         ),
+        cost_estimate=cost,
         interpret=pltpu.InterpretParams() if config.interpret else False,
         name=name,
     )(active.steps, x)
     return [a[tuple(map(slice, b.shape))] for a, b in zip(found, results.values(), strict=True)]
 
 
+def cost(g: Geometry, widths: int, moved: int) -> pl.CostEstimate:
+    """The cost of a kernel, as if nothing were masked.
+
+    Args:
+        g: sizes.
+        widths: the third dimension of all products over pairs of tokens, added up.
+        moved: bytes read and written.
+    """
+    pairs = g.B * g.N * g.t * g.s
+    return pl.CostEstimate(flops=2 * pairs * widths, transcendentals=pairs, bytes_accessed=moved)
+
+
+def _size_of_grid(count: Array | int, config: TileConfig) -> Array | int:
+    """How many steps the grid has.
+
+    Interpreted where mesh axes are checked, indices of a grid whose size varies would vary too, and
+    the interpreter cannot let them meet constants. What comes from the host varies over nothing.
+    """
+    if isinstance(count, int) or not config.interpret:
+        return count
+    return jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct((), jnp.int32), count)
+
+
 def _whole_blocks(x: Array, spec: pl.BlockSpec) -> Array:
     """x padded to whole blocks, where it is read by blocks."""
-    blocks = spec.block_shape or (None,) * x.ndim
-    return jnp.pad(x, [(0, -n % (size or 1)) for n, size in zip(x.shape, blocks, strict=True)])
+    if spec.block_shape is None:
+        return x
+    sizes = [size if isinstance(size, int) else 1 for size in spec.block_shape]
+    return jnp.pad(x, [(0, -n % size) for n, size in zip(x.shape, sizes, strict=True)])
 
 
 class Part(NamedTuple):
@@ -245,7 +277,13 @@ class Part(NamedTuple):
 
 
 def parts(
-    g: Geometry, x: Operands, tile: Tile, i: Int[Array, ""], j: Int[Array, ""], *, masked: bool
+    g: Geometry,
+    x: Operands,
+    tile: Tile,
+    i: Int[Array, ""],
+    j: Int[Array, ""],
+    *,
+    masked: bool,
 ) -> Iterator[Part]:
     """The parts of the pair of blocks (i, j), one after the other."""
     q, do, lse, delta = x.q[...], x.do[...], x.lse[...], x.delta[...]
@@ -256,7 +294,7 @@ def parts(
         q, do = _first(q, real, 0), _first(do, real, 0)
         lse, delta = _first(lse, real, 1, jnp.inf), _first(delta, real, 1)
     for start in range(0, g.block_kv, g.block_compute):
-        keys = pl.ds(start, min(g.block_compute, g.block_kv - start))
+        keys = pl.Slice(start, min(g.block_compute, g.block_kv - start))
         k, v, visible = x.k[keys, :], x.v[keys, :], None
         if masked:
             visible = _visible(x, keys, tile)

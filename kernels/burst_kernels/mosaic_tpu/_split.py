@@ -24,6 +24,7 @@ from burst_kernels.mosaic_tpu._gradients import (
     Place,
     active_steps,
     block_specs,
+    cost,
     launch,
     parts,
 )
@@ -57,18 +58,28 @@ def by_queries(
         specs=block_specs(g, x, place),
         scratch=[],
         config=config,
+        cost=_cost(g, x.q.dtype.itemsize),
         name="burst_backward_dq",
     )
     return dq
 
 
-def _dq_kernel(steps, x: Operands, dq, *, tile: Tile, g: Geometry, active: Active) -> None:
+def _cost(g: Geometry, itemsize: int) -> pl.CostEstimate:
+    """Keys pass once for each block of queries."""
+    queries = g.B * g.N * g.t * ((g.H + g.Hv) * itemsize + 4 * g.H)
+    keys = g.B * g.N * g.s * (g.H + g.Hv) * itemsize
+    return cost(g, 2 * g.H + g.Hv, queries + keys * g.num_q)
+
+
+def _dq_kernel(
+    steps: jax.Ref, x: Operands, dq: jax.Ref, *, tile: Tile, g: Geometry, active: Active
+) -> None:
     """One active pair of blocks, for one query head."""
     step = active.at(steps, pl.program_id(2))
 
     @pl.when(step.first_of_q == 1)
     def begin() -> None:
-        dq[...] = jnp.zeros_like(dq)
+        dq[...] = jnp.zeros(dq.shape, dq.dtype)
 
     def accumulate(*, masked: bool) -> None:
         columns = [p.dq_columns() for p in parts(g, x, tile, step.i, step.j, masked=masked)]
