@@ -1,0 +1,1 @@
+"""Attention tiles for NVIDIA Hopper in Pallas Mosaic GPU: wgmma, TMA, specialised warps."""
