@@ -46,9 +46,9 @@ BUGS = {
     ),
     "takes the local lse for the global one": Bug(
         "src/burst_jax/_ring.py",
-        "do, lse, delta, mask, onto=",
-        "do, burst_kernels.BACKENDS[ring.implementation].forward(q, keys.k, keys.v, mask)[1], "
-        "delta, mask, onto=",
+        "do, lse, delta, mask, config",
+        "do, burst_kernels.BACKENDS[ring.tiles.name].forward(q, keys.k, keys.v, mask)[1], "
+        "delta, mask, config",
     ),
     "keeps lse in base 2": Bug(
         "kernels/burst_kernels/xla/_forward.py",

@@ -168,7 +168,8 @@ def made(case: Case) -> tuple[Tile, np.ndarray]:
 
 @pytest.fixture(params=list(BACKENDS))
 def backend(request: pytest.FixtureRequest) -> str:
-    if (reason := BACKENDS[request.param].unavailable()) is not None:
+    chip = burst_kernels.chip_at_hand()
+    if (reason := BACKENDS[request.param].unavailable(chip)) is not None:
         pytest.skip(f"{request.param}: {reason} Runs under `pytest -m tpu` or `-m gpu` there.")
     return request.param
 

@@ -2,26 +2,44 @@
 
 import dataclasses
 
+from burst_kernels._chips import chip_named
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TileConfig:
-    """Block sizes; a field left None is chosen by the backend from the shapes.
+    """Block sizes; a field left None is chosen by the backend from chip and shapes.
 
     Attributes:
         block_q: query tokens in a block.
         block_kv: key tokens in a block.
         kv_heads: kv heads that one step of the `xla` backend computes together.
+        chip: name of the chip to compile for, see `burst_kernels.CHIPS`; None: the mesh's, or
+            that of JAX's default device.
+        interpret: run a chip's kernel by Pallas's interpreter on CPU: slow, for checking numbers.
+
+    Raises:
+        ValueError: a size is not a positive integer, or the chip is not known.
     """
 
     block_q: int | None = None
     block_kv: int | None = None
     kv_heads: int | None = None
+    chip: str | None = None
+    interpret: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if field.type == int | None and value is not None and not _is_size(value):
                 raise ValueError(
                     f"TileConfig.{field.name} must be a positive integer or None (chosen from the "
                     f"shapes), got {value!r}."
                 )
+        if self.chip is not None:
+            chip_named(self.chip)
+        if not isinstance(self.interpret, bool):
+            raise ValueError(f"TileConfig.interpret must be True or False, got {self.interpret!r}.")
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -89,7 +89,7 @@ def burst_attention(
     queries, keys, ring = _prepare(
         query, key, value, q_tokens, kv_tokens, axis_name=sharding.axis_name, mask=mask,
         scale=scale, logits_soft_cap=logits_soft_cap, sinks=sinks, positions=positions, plan=plan,
-        implementation=implementation, platform=_placing.platform(sharding),
+        implementation=implementation, chip=_placing.chip(sharding),
         split=(sharding.axis_size(sharding.batch_axis), sharding.axis_size(sharding.head_axis)),
     )  # fmt: skip
     arrays = (queries, keys, sinks)
@@ -155,7 +155,7 @@ def burst_attention_shard(
     queries, keys, ring = _prepare(
         query, key, value, q_tokens, kv_tokens, axis_name=axis_name, mask=mask, scale=scale,
         logits_soft_cap=logits_soft_cap, sinks=sinks, positions=positions, plan=plan,
-        implementation=implementation, platform=jax.default_backend(), split=(1, 1),
+        implementation=implementation, chip=_placing.chip_here(), split=(1, 1),
     )  # fmt: skip
     seen = _run_shard(queries, keys, sinks, ring)
     return (seen.out, seen.lse) if return_residual else seen.out
@@ -171,7 +171,7 @@ def _tokens(name: str, found: int, length: int | None, sharding: SequenceShardin
 
 def _prepare(
     query, key, value, q_tokens: ShardTokens, kv_tokens: ShardTokens, *, axis_name, mask, scale,
-    logits_soft_cap, sinks, positions, plan, implementation, platform, split,
+    logits_soft_cap, sinks, positions, plan, implementation, chip, split,
 ) -> tuple[Queries, Keys, Ring]:  # fmt: skip
     """Checks what the two entries share; `split`: by how much batch and heads are cut further."""
     mask = _checks.check_mask(mask)
@@ -197,20 +197,24 @@ def _prepare(
         plan,
     )
     windowed = mask.left is not None or mask.right is not None
+    positions_matter = q_positions is not None or windowed or q_tokens.padded or kv_tokens.padded
+    problem = burst_kernels.Problem(
+        B=shapes.B, t=shapes.t, s=shapes.s, N=shapes.N, K=shapes.K, H=H, Hv=Hv, dtype=query.dtype,
+        soft_cap=logits_soft_cap is not None, masked=positions_matter or bool(segments),
+        kinds=len(segments),
+    )  # fmt: skip
     ring = Ring(
         axis_name=axis_name,
         queries=q_tokens,
         keys=kv_tokens,
         explicit=q_positions is not None,
-        positions_matter=(
-            q_positions is not None or windowed or q_tokens.padded or kv_tokens.padded
-        ),
+        positions_matter=positions_matter,
         scale=_checks.check_scale(scale, H),
         logits_soft_cap=_checks.check_soft_cap(logits_soft_cap),
         left=mask.left,
         right=mask.right,
-        plan=resolve(plan, shapes, platform),
-        implementation=burst_kernels.select(implementation),
+        plan=resolve(plan, shapes, chip.platform),
+        tiles=burst_kernels.select(problem, chip, implementation, plan and plan.tile),
     )
     queries = Queries(query, positions=q_positions, segments=q_segments)
     return queries, Keys(key, value, positions=kv_positions, segments=kv_segments), ring

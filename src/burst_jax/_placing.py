@@ -1,5 +1,7 @@
 """How arrays come to lie as a SequenceSharding says, and which are refused for lying otherwise."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+import burst_kernels
 from burst_jax._sharding import SequenceSharding, names
+from burst_kernels import Chip
 
 
 def placed(
@@ -134,8 +138,19 @@ def reshard(x: Array, spec: PartitionSpec, where: SequenceSharding) -> Array:
     return jax.sharding.reshard(x, NamedSharding(current_mesh(where), only(spec, explicit)))
 
 
-def platform(where: SequenceSharding) -> str:
-    """What the mesh is made of: "cpu", "gpu", "tpu"."""
-    if isinstance(where.mesh, Mesh):
-        return where.mesh.devices.flat[0].platform
-    return jax.default_backend()
+def chip(where: SequenceSharding) -> Chip:
+    """What the mesh is made of."""
+    mesh = where.mesh
+    return _chip(mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device)
+
+
+def chip_here() -> Chip:
+    """What the mesh of the shard_map around this call is made of; JAX's default device in pmap."""
+    return _chip(jax.sharding.get_abstract_mesh().abstract_device)
+
+
+def _chip(device: Any) -> Chip:
+    if device is None:
+        return burst_kernels.chip_at_hand()
+    capability = getattr(device, "compute_capability", None)
+    return burst_kernels.chip_of(device.platform, device.device_kind, capability)

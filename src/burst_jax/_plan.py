@@ -10,6 +10,7 @@ from burst_jax._cost import Hardware, Shapes, bytes_a_hop, hardware_named, predi
 from burst_jax._masks import Mask
 from burst_jax._schedule import Side
 from burst_jax._sharding import SequenceSharding, ShardTokens
+from burst_kernels import TileConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class Plan:
             float32 (float64 for float64 inputs). Narrower rounds once a hop.
         one_message: whether all that travels together is packed into one message; None: on NVIDIA
             GPUs, where of two permutes in flight only one is hidden behind the tile.
+        tile: block sizes of the tiles, and how they are run; None: chosen for chip and shapes.
         num_shards: R that the plan was made for; it is refused on any other. None: any.
         explanation: the text of `explain`, written by `make_plan`.
 
@@ -38,6 +40,7 @@ class Plan:
     wire_dtype: DTypeLike | None = None
     gradient_dtype: DTypeLike | None = None
     one_message: bool | None = None
+    tile: TileConfig | None = None
     num_shards: int | None = None
     explanation: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
@@ -64,6 +67,11 @@ class Plan:
             object.__setattr__(self, field, dtype)
         if self.one_message not in (None, True, False):
             raise ValueError(f"Plan(one_message={self.one_message!r}): give True, False or None.")
+        if self.tile is not None and not isinstance(self.tile, TileConfig):
+            raise ValueError(
+                f"Plan(tile={self.tile!r}): give a burst_kernels.TileConfig(block_q=..., "
+                "block_kv=...), or None."
+            )
         if self.num_shards is not None and (
             not isinstance(self.num_shards, (int, np.integer)) or self.num_shards < 1
         ):
@@ -158,4 +166,5 @@ def make_plan(
     chosen = resolve(plan, shapes, "cpu" if hardware is None else hardware_named(hardware).kind)
     mask = Mask.full() if mask is None else mask
     explanation = predict(chosen, shapes, q_tokens, kv_tokens, mask, hardware)
-    return Plan(**dataclasses.asdict(chosen), num_shards=R, explanation=explanation)
+    tile = None if plan is None else plan.tile
+    return Plan(**dataclasses.asdict(chosen), tile=tile, num_shards=R, explanation=explanation)

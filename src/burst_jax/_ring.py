@@ -80,11 +80,11 @@ def ring_attention_fwd(
     queries: Queries, keys: Keys, sinks: Float[Array, " N"] | None, ring: Ring
 ) -> tuple[Partial, Residuals]:
     """Forward ring. Sinks enter at the last merge, as one more key whose value is zero."""
-    forward = burst_kernels.BACKENDS[ring.implementation].forward
+    forward = burst_kernels.BACKENDS[ring.tiles.name].forward
 
     def tile(queries: Queries, keys: Keys, onto: Found) -> Found:
         mask = tile_mask(queries, keys, ring)
-        seen = forward(queries.q, keys.k, keys.v, mask, onto=onto.of_queries)
+        seen = forward(queries.q, keys.k, keys.v, mask, ring.tiles.config, onto.of_queries)
         return Found(Partial(*seen), None)
 
     # Closed to partial evaluation by jax.checkpoint, which recomputes nothing here (autodiff goes
@@ -104,7 +104,7 @@ def ring_attention_fwd(
 def ring_attention_bwd(ring: Ring, kept: Residuals, cotangents: Partial) -> tuple:
     """Backward ring. delta is made once, before the ring, so `out` never travels."""
     queries, keys, sinks, out, lse = kept
-    backward = burst_kernels.BACKENDS[ring.implementation].backward
+    backward = burst_kernels.BACKENDS[ring.tiles.name].backward
     do, dlse = cotangents
     # d lse / d scores = p, so lse's cotangent enters exactly where -delta does.
     delta = (do.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1) - dlse
@@ -114,7 +114,8 @@ def ring_attention_bwd(ring: Ring, kept: Residuals, cotangents: Partial) -> tupl
         q, do, lse, delta, *_ = queries
         mask = tile_mask(queries, keys, ring)
         so_far = (*(onto.of_queries or (None,)), *(onto.of_keys or (None, None)))
-        dq, dk, dv = backward(q, keys.k, keys.v, do, lse, delta, mask, onto=so_far)
+        config = ring.tiles.config
+        dq, dk, dv = backward(q, keys.k, keys.v, do, lse, delta, mask, config, so_far)
         return Found((dq,), (dk, dv))
 
     sides = turned(queries._replace(do=do, lse=lse, delta=delta)), turned(keys)

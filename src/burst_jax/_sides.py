@@ -24,7 +24,7 @@ class Ring:
         positions_matter: False where neither mask nor padding asks for positions.
         scale, logits_soft_cap, left, right: see `burst_kernels.Tile`.
         plan: what travels, and how.
-        implementation: the tile backend's name.
+        tiles: the tile backend, and how it cuts its tiles.
     """
 
     axis_name: AxisName
@@ -37,7 +37,7 @@ class Ring:
     left: int | None
     right: int | None
     plan: Choice
-    implementation: str
+    tiles: burst_kernels.Chosen
 
     def schedule(self, travels: Side) -> Schedule:
         """The hops, where `travels` is the side that moves."""

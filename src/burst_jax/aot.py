@@ -111,7 +111,9 @@ def _topology(target: Target) -> Any:
     try:
         if target.platform == "tpu":
             name = f"{_TPU[target.name]}:{'x'.join(map(str, target.shape))}"
-            return topologies.get_topology_desc(platform="tpu", topology_name=name)
+            # A v4 chip is one device of two cores, as JAX runs it, and not two devices.
+            kwargs = {"chip_config_name": "megacore"} if target.name == "v4" else {}
+            return topologies.get_topology_desc(platform="tpu", topology_name=name, **kwargs)
         config = resources.files("burst_jax").joinpath("targets", _GPU[target.name]).read_text()
         shape = f"1x1x{int(np.prod(target.shape))}"
         return topologies.get_topology_desc(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from burst_kernels._chips import chip_at_hand
 from burst_kernels._config import TileConfig
 from burst_kernels._tile import Summary, Tile, Tokens, classify, summarize, visible
 
@@ -153,7 +154,8 @@ def choose(
     config = config or TileConfig()
     (batch, heads, t, _), (_, kv_heads, s, _) = q.shape, k.shape
     shared = not tile.masked or tile.queries(t).positions.shape[0] == 1
-    kind = "cpu" if jax.default_backend() == "cpu" else "other"
+    chip = chip_at_hand().name if config.chip is None else config.chip
+    kind = "cpu" if chip == "cpu" else "other"
     budget = _STEP_SCORES[kind]
     block_q = min(config.block_q or _even_block(t, _BLOCK_Q[kind]), t)
     block_kv = min(config.block_kv or _even_block(s, _BLOCK_KV[kind]), s)

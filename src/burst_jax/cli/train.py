@@ -1,5 +1,6 @@
 """`burst-jax train`: the user's files, a mesh, a run."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 
@@ -29,13 +30,14 @@ def run(arguments: Sequence[str]) -> int:
     from burst_jax.lm.run import run as run_training
     from burst_jax.lm.train import Trainer
 
-    try:
-        metrics = MetricsFile(config.output)
-        with working(console, "initialising the parameters"):
-            trainer = Trainer(config, corpus, devices=devices)
-    except ValueError as error:
-        raise BadRequest(str(error)) from error
-    with metrics:
+    with contextlib.ExitStack() as stack:
+        try:
+            # Opened first: a folder that cannot be written is no surprise for the end of a run.
+            metrics = stack.enter_context(MetricsFile(config.output))
+            with working(console, "initialising the parameters"):
+                trainer = Trainer(config, corpus, devices=devices)
+        except ValueError as error:
+            raise BadRequest(str(error)) from error
         try:
             records = run_training(trainer, console=console, metrics=metrics)
         except FloatingPointError as error:

@@ -90,8 +90,8 @@ def _facts(training: TrainConfig, corpus: Corpus, source: str, devices: Devices)
     kind = devices[0].platform
     return [
         f"Text: {source}, {len(corpus.files):,} files, {for_people(corpus.num_bytes)}.",
-        f"Model: {model.num_layers} layers of width {model.width}, {model.num_heads} query and "
-        f"{model.num_kv_heads} kv heads; context {training.seq_len:,} bytes, zigzag; float32.",
+        f"Model: {model.num_layers} layers of width {model.width}, query heads {model.num_heads}, "
+        f"kv heads {model.num_kv_heads}; context {training.seq_len:,} bytes, zigzag; float32.",
         f"Devices: {len(devices)}{' simulated' if kind == 'cpu' else ''} ({kind}).",
         f"Versions: Python {sys.version.split()[0]}, jax {jax.__version__}.",
     ]

@@ -29,8 +29,8 @@ class Losses(NamedTuple):
 
     @property
     def final(self) -> float:
-        """Mean over the last tenth of the steps: a step's own loss hangs on what it read."""
-        last = self.spread[-max(1, len(self.spread) // 10) :]
+        """Mean over the last fifth of the steps: a step's own loss hangs on what it read."""
+        last = self.spread[-max(1, len(self.spread) // 5) :]
         return sum(last) / len(last)
 
 
