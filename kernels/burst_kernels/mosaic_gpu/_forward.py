@@ -1,0 +1,424 @@
+"""Forward tile on Hopper: FlashAttention-3 (arXiv 2407.08608, Alg. 2) in Pallas Mosaic GPU.
+
+One CTA computes `block_q` queries of one head with three warpgroups that share two rings of
+`stages` buffers, one for k and one for v:
+
+    load      (1 warpgroup, few registers)           attend    (2 warpgroups, block_q / 2 rows each)
+    for each active block of keys:                   q -> shared memory, once
+      wait    k_free[slot]                           for each active block of keys:
+      TMA     k -> k[slot], signals k_ready[slot]      wait k_ready[slot]; scores = q k^T  (wgmma)
+      wait    v_free[slot]                             arrive k_free[slot]
+      TMA     v -> v[slot], signals v_ready[slot]      online softmax in registers
+                                                       wait v_ready[slot]; out += p v      (wgmma)
+                                                       arrive v_free[slot]
+                                                     out, lse: registers -> global memory
+
+The two attending warpgroups take turns (`turn`): while one is at its softmax, the other has the
+tensor cores. Each passes twice a block, before its softmax and after it; one more passage of the
+second at the start, and of the first at the end, keeps them half a block apart.
+
+We differ in that the blocks come from a list (`_active`), first those without a mask, so that no
+mask known only as data costs what its EMPTY blocks would; in that the softmax starts from what the
+ring has found before; and in that the scale is applied after the maximum is taken off.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from burst_kernels._config import TileConfig
+from burst_kernels._tile import Tile
+from burst_kernels.mosaic_gpu._active import Marks, block_mask, visible
+from burst_kernels.mosaic_gpu._config import Blocks, forward_blocks
+from burst_kernels.mosaic_gpu._scores import LN_2, Scores
+
+_ATTENDING = 2  # warpgroups
+# Registers of a thread, of 65536 / 384 = 168 each as launched: what FlashAttention-3 gives them.
+_REGISTERS_ATTEND, _REGISTERS_LOAD = 240, 24
+
+_WGMMA, _ROWS, _COLUMNS = (
+    plgpu.Layout.WGMMA,
+    plgpu.Layout.WGMMA.reduce(1),
+    plgpu.Layout.WGMMA.reduce(0),
+)
+
+
+class Forward(NamedTuple):
+    """All that is static about one forward kernel.
+
+    Attributes:
+        batch, heads, kv_heads: B, N, K.
+        t, s: tokens.
+        head_dim, value_dim: H and Hv, multiples of 64.
+        dtype: of q, k and v.
+        blocks: block sizes.
+        scores: scale and soft cap.
+        marks: what the mask compares; None: no mask.
+        mask_per_sequence: False where all sequences share one mask.
+        continued: whether there is something to merge with.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    t: int
+    s: int
+    head_dim: int
+    value_dim: int
+    dtype: Any
+    blocks: Blocks
+    scores: Scores
+    marks: Marks | None
+    mask_per_sequence: bool
+    continued: bool
+
+    @property
+    def rows(self) -> int:
+        """Queries of one warpgroup."""
+        return self.blocks.block_q // _ATTENDING
+
+    @property
+    def num_q(self) -> int:
+        return -(-self.t // self.blocks.block_q)
+
+    @property
+    def num_kv(self) -> int:
+        return -(-self.s // self.blocks.block_kv)
+
+
+class Refs(NamedTuple):
+    """Global memory."""
+
+    q: Any
+    k: Any
+    v: Any
+    q_marks: Any = None
+    kv_marks: Any = None
+    active: Any = None
+    counts: Any = None
+    before_out: Any = None
+    before_lse: Any = None
+    out: Any = None
+    lse: Any = None
+
+
+class Running(NamedTuple):
+    """Online softmax of a warpgroup's queries: row maximum (in units of 1 / factor), sum, output."""
+
+    maximum: Float[Array, " r"]
+    total: Float[Array, " r"]
+    out: Float[Array, "r Hv"]
+
+
+def tile_forward(
+    q: Float[Array, "B N t H"],
+    k: Float[Array, "B K s H"],
+    v: Float[Array, "B K s Hv"],
+    tile: Tile,
+    config: TileConfig | None = None,
+    onto: tuple[Float[Array, "B N t Hv"], Float[Array, "B N t"]] | None = None,
+) -> tuple[Float[Array, "B N t Hv"], Float[Array, "B N t"]]:
+    """Attention of t queries to s keys. See the tile contract in `burst_kernels._tile`."""
+    (batch, heads, t, _), (_, kv_heads, s, value_dim) = q.shape, v.shape
+    q, k, v = (_whole_columns(x) for x in (q, k, v))
+    blocks = forward_blocks(q.shape[-1], v.shape[-1], q.dtype, config or TileConfig())
+    mask = block_mask(tile, t, s, blocks.block_q, blocks.block_kv, like=q)
+    f = Forward(
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        t=t,
+        s=s,
+        head_dim=q.shape[-1],
+        value_dim=v.shape[-1],
+        dtype=q.dtype,
+        blocks=blocks,
+        scores=Scores.of(tile),
+        marks=None if mask is None else mask.marks,
+        mask_per_sequence=mask is not None and mask.q.shape[0] > 1,
+        continued=onto is not None,
+    )
+    refs = {"q": q, "k": k, "v": v}
+    if mask is not None:
+        active = mask.keys_of_queries()
+        refs |= {"q_marks": mask.q, "kv_marks": mask.kv}
+        refs |= {"active": active.blocks, "counts": active.counts}
+    if onto is not None:
+        out, lse = _whole_columns(onto[0]), onto[1]
+        refs |= {"before_out": _whole_rows(out, f, 0.0)}
+        refs |= {"before_lse": _whole_rows(lse, f, -jnp.inf)}
+    out, lse = _call(f, refs)
+    return out[:, :, :t, :value_dim], lse[:, :, :t]
+
+
+def _call(f: Forward, refs: dict[str, Array]) -> tuple[Array, Array]:
+    """Runs the kernel; out and lse have rows for whole blocks of queries."""
+    names = (*refs, "out", "lse")
+
+    def forward_kernel(*args: Any, **scratch: Any) -> None:
+        _kernel(f, Refs(**dict(zip(names, args, strict=True))), **scratch)
+
+    rows = (f.batch, f.heads, f.num_q * f.blocks.block_q)
+    varying = jax.typeof(refs["q"]).manual_axis_type
+    out_type = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=varying)
+        for shape in ((*rows, f.value_dim), rows)
+    ]
+    out, lse = plgpu.kernel(
+        forward_kernel,
+        out_type=out_type,
+        scratch_types=_scratch(f),
+        # The first is the fastest: CTAs that run together read the same keys.
+        grid=(f.num_q, f.heads, f.batch),
+        grid_names=("q_block", "head", "sequence"),
+        num_threads=_ATTENDING + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(*refs.values())
+    return out, lse
+
+
+def _scratch(f: Forward) -> dict[str, Any]:
+    """Shared memory and barriers."""
+    # 8 rows of 128 bytes: what wgmma reads and TMA writes without bank conflicts.
+    layout = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    stages, block_kv = f.blocks.stages, f.blocks.block_kv
+
+    def buffer(*shape: int) -> Any:
+        return plgpu.SMEM(shape, f.dtype, transforms=layout)
+
+    return dict(
+        q_smem=buffer(_ATTENDING, f.rows, f.head_dim),
+        k_smem=buffer(stages, block_kv, f.head_dim),
+        v_smem=buffer(stages, block_kv, f.value_dim),
+        q_ready=plgpu.Barrier(num_barriers=_ATTENDING),
+        k_ready=plgpu.Barrier(num_barriers=stages),
+        v_ready=plgpu.Barrier(num_barriers=stages),
+        k_free=plgpu.Barrier(num_arrivals=_ATTENDING, num_barriers=stages),
+        v_free=plgpu.Barrier(num_arrivals=_ATTENDING, num_barriers=stages),
+        turn=plgpu.Barrier(num_arrivals=_ATTENDING),
+    )
+
+
+def _kernel(f: Forward, g: Refs, **scratch: Any) -> None:
+    """One CTA: a block of queries of one head."""
+    warpgroup = lax.axis_index("warpgroup")
+    block, head, sequence = (lax.axis_index(x) for x in ("q_block", "head", "sequence"))
+    row = sequence if f.mask_per_sequence else jnp.int32(0)
+    if f.marks is None:
+        full = total = jnp.int32(f.num_kv)
+    else:
+        full, total = g.counts[row, block, 0], g.counts[row, block, 1]
+
+    @pl.when(warpgroup == _ATTENDING)
+    def load() -> None:
+        plgpu.set_max_registers(_REGISTERS_LOAD, action="decrease")
+        kv_head = lax.div(head, jnp.int32(f.heads // f.kv_heads))
+        _load(f, g, (sequence, kv_head), (row, block), total, **_only(scratch, "k", "v"))
+
+    @pl.when(warpgroup < _ATTENDING)
+    def attend() -> None:
+        plgpu.set_max_registers(_REGISTERS_ATTEND, action="increase")
+        _attend(f, g, warpgroup, (sequence, head, block), row, full, total, **scratch)
+
+
+def _only(scratch: dict[str, Any], *first: str) -> dict[str, Any]:
+    return {name: ref for name, ref in scratch.items() if name.startswith(first)}
+
+
+def _load(
+    f: Forward,
+    g: Refs,
+    keys: tuple[Array, Array],
+    queries: tuple[Array, Array],
+    total: Array,
+    *,
+    k_smem: Any,
+    v_smem: Any,
+    k_ready: Any,
+    v_ready: Any,
+    k_free: Any,
+    v_free: Any,
+) -> None:
+    """The loading warpgroup: each active block of keys, as soon as a slot is free."""
+    stages, block_kv = f.blocks.stages, f.blocks.block_kv
+
+    def step(n: Array, _: None) -> None:
+        j = n if f.marks is None else g.active[(*queries, n)]
+        slot = lax.rem(n, jnp.int32(stages))
+        where = (*keys, pl.ds(j * block_kv, block_kv))
+        for source, smem, ready, free in (
+            (g.k, k_smem, k_ready, k_free),
+            (g.v, v_smem, v_ready, v_free),
+        ):
+            pl.when(n >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+            plgpu.copy_gmem_to_smem(source.at[where], smem.at[slot], ready.at[slot])
+
+    lax.fori_loop(jnp.int32(0), total, step, None)
+
+
+def _attend(
+    f: Forward,
+    g: Refs,
+    warpgroup: Array,
+    where: tuple[Array, Array, Array],
+    row: Array,
+    full: Array,
+    total: Array,
+    *,
+    q_smem: Any,
+    q_ready: Any,
+    **scratch: Any,
+) -> None:
+    """An attending warpgroup: its queries against all active blocks of keys."""
+    sequence, head, block = where
+    first = block * f.blocks.block_q + warpgroup * f.rows
+    mine = (sequence, head, pl.ds(first, f.rows))
+    q, ready = q_smem.at[warpgroup], q_ready.at[warpgroup]
+    plgpu.copy_gmem_to_smem(g.q.at[mine], q, ready)
+    start = _start(f, g, mine)
+    marks = ()
+    if f.marks is not None:
+        rows = [g.q_marks.at[row, i, pl.ds(first, f.rows)] for i in range(f.marks.query_rows)]
+        marks = tuple(_registers(x, _ROWS) for x in rows)
+    plgpu.barrier_wait(ready)
+
+    def visit(n: Array, running: Running, masked: bool) -> Running:
+        mask = None
+        if masked:
+            j = g.active[row, block, n]
+            mask = functools.partial(_seen, f, g, marks, row, j)
+        return _visit_kernel(f, n, running, q, mask, **scratch)
+
+    turn = scratch["turn"]
+    pl.when(warpgroup == 1)(functools.partial(_pass, turn))
+    running = lax.fori_loop(jnp.int32(0), full, functools.partial(visit, masked=False), start)
+    if f.marks is not None:
+        running = lax.fori_loop(full, total, functools.partial(visit, masked=True), running)
+    pl.when(warpgroup == 0)(functools.partial(_pass, turn))
+    _finish(f, g, mine, running)
+
+
+def _visit_kernel(
+    f: Forward,
+    n: Array,
+    running: Running,
+    q: Any,
+    mask: Any,
+    *,
+    k_smem: Any,
+    v_smem: Any,
+    k_ready: Any,
+    v_ready: Any,
+    k_free: Any,
+    v_free: Any,
+    turn: Any,
+) -> Running:
+    """Adds the n-th active block of keys to the online softmax."""
+    slot = lax.rem(n, jnp.int32(f.blocks.stages))
+    shape = (f.rows, f.blocks.block_kv)
+    # Read before the product is awaited, so that the latency of global memory hides behind it.
+    seen = None if mask is None else mask()
+    plgpu.barrier_wait(k_ready.at[slot])
+
+    def multiply_keys(acc: Any) -> Array:
+        plgpu.wgmma(acc, q, k_smem.at[slot].transpose((1, 0)))
+        _pass(turn)
+        return acc[...]
+
+    scores = pl.run_scoped(multiply_keys, plgpu.ACC(shape, jnp.float32))
+    plgpu.barrier_arrive(k_free.at[slot])
+
+    scores = f.scores.capped(scores)
+    if seen is not None:
+        scores = jnp.where(seen, scores, -jnp.inf)
+    maximum = jnp.maximum(running.maximum, scores.max(1))
+    finite = maximum
+    if seen is not None:  # a row that has seen nothing yet
+        finite = jnp.where(maximum == -jnp.inf, 0.0, maximum)
+    p = f.scores.probability(scores, finite)
+    shrink = jnp.exp2((running.maximum - finite) * f.scores.factor_2)
+    total = running.total * shrink + p.sum(1)
+    out = running.out * lax.broadcast_in_dim(shrink, running.out.shape, (0,))
+    p = p.astype(f.dtype)
+
+    plgpu.barrier_arrive(turn)
+    plgpu.barrier_wait(v_ready.at[slot])
+    plgpu.barrier_wait(turn)
+
+    def multiply_values(acc: Any) -> None:
+        plgpu.wgmma(acc, p, v_smem.at[slot])
+
+    out = pl.run_state(multiply_values)(plgpu.ACC.init(out))
+    plgpu.barrier_arrive(v_free.at[slot])
+    return Running(maximum, total, out)
+
+
+def _pass(turn: Any) -> None:
+    """Both attending warpgroups meet."""
+    plgpu.barrier_arrive(turn)
+    plgpu.barrier_wait(turn)
+
+
+def _seen(f: Forward, g: Refs, q_marks: tuple[Array, ...], row: Array, j: Array) -> Array:
+    """Which pairs count in a PARTIAL pair of blocks."""
+    assert f.marks is not None
+    columns = pl.ds(j * f.blocks.block_kv, f.blocks.block_kv)
+    rows = [g.kv_marks.at[row, i, columns] for i in range(f.marks.key_rows)]
+    kv_marks = tuple(_registers(x, _COLUMNS) for x in rows)
+    return visible(f.marks, q_marks, kv_marks, (f.rows, f.blocks.block_kv))
+
+
+def _start(f: Forward, g: Refs, mine: Any) -> Running:
+    """What was found before, or nothing."""
+
+    def constant(value: float, layout: Any, *shape: int) -> Array:
+        return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+    if not f.continued:
+        return Running(
+            maximum=constant(-jnp.inf, _ROWS, f.rows),
+            total=constant(0.0, _ROWS, f.rows),
+            out=constant(0.0, _WGMMA, f.rows, f.value_dim),
+        )
+    # A softmax whose sum, scaled by its maximum, is one.
+    lse = _registers(g.before_lse.at[mine], _ROWS)
+    return Running(
+        maximum=lse * (1.0 / f.scores.factor),
+        total=jnp.where(lse == -jnp.inf, 0.0, 1.0).astype(jnp.float32),
+        out=_registers(g.before_out.at[mine], _WGMMA),
+    )
+
+
+def _finish(f: Forward, g: Refs, mine: Any, running: Running) -> None:
+    """Output and lse; rows that saw nothing get 0 and -inf."""
+    saw = running.total > 0.0
+    total = jnp.where(saw, running.total, 1.0)
+    lse = running.maximum * f.scores.factor + jnp.log2(total) * LN_2
+    inverse = lax.broadcast_in_dim(1.0 / total, running.out.shape, (0,))
+    plgpu.store(g.out.at[mine], running.out * inverse, optimized=False)
+    plgpu.store(g.lse.at[mine], jnp.where(saw, lse, -jnp.inf), optimized=False)
+
+
+def _registers(ref: Any, layout: Any) -> Array:
+    """From global memory straight to registers."""
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def _whole_columns(x: Float[Array, "B N n H"]) -> Float[Array, "B N n H_"]:
+    """The head dim filled up with zeros to a multiple of 64."""
+    short = -x.shape[-1] % 64
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, short))) if short else x
+
+
+def _whole_rows(x: Float[Array, "B N t ..."], f: Forward, value: float) -> Array:
+    """The rows filled up to whole blocks of queries."""
+    short = -f.t % f.blocks.block_q
+    widths = [(0, 0), (0, 0), (0, short)] + [(0, 0)] * (x.ndim - 3)
+    return jnp.pad(x, widths, constant_values=value) if short else x
