@@ -104,8 +104,10 @@ def block_mask(
     q, kv = tile.queries(t), tile.keys(s)
     if not tile.masked:
         q, kv = jax.tree.map(lambda x: jnp.zeros_like(like, shape=x.shape, dtype=x.dtype), (q, kv))
-    q = Tokens(*(_pad(x, block_q, mode="edge") for x in q))
-    kv = Tokens(_pad(kv.positions, block_kv, constant_values=-1), _pad(kv.segments, block_kv))
+    q = Tokens(*(whole(x, -1, block_q, mode="edge") for x in q))
+    kv = Tokens(
+        whole(kv.positions, -1, block_kv, constant_values=-1), whole(kv.segments, -1, block_kv)
+    )
     marks = Marks(
         last=tile.q_positions is not None or s % block_kv != 0,
         first=tile.left is not None and tile.q_positions is not None,
@@ -192,7 +194,14 @@ def _expand(summary: Summary, axis: int) -> Summary:
     return jax.tree.map(lambda x: jnp.expand_dims(x, axis), summary)
 
 
-def _pad(x: Int[Array, "*rows n"], block: int, **how: int | str) -> Int[Array, "*rows n_"]:
-    """x padded to whole blocks along its last axis."""
-    short = -x.shape[-1] % block
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)], **how) if short else x
+def whole(x: Shaped[Array, "..."], axis: int, block: int, **how: int | str) -> Shaped[Array, "..."]:
+    """x with `axis` filled up to a multiple of `block`: zeros, or as `jnp.pad` is told.
+
+    Where nothing is missing nothing is copied.
+    """
+    short = -x.shape[axis] % block
+    if not short:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, short)
+    return jnp.pad(x, widths, **how)

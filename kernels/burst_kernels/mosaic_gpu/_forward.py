@@ -34,13 +34,16 @@ from jaxtyping import Array, Float
 
 from burst_kernels._config import TileConfig
 from burst_kernels._tile import Tile
-from burst_kernels.mosaic_gpu._active import Marks, block_mask, visible
+from burst_kernels.mosaic_gpu._active import Marks, block_mask, visible, whole
 from burst_kernels.mosaic_gpu._config import Blocks, forward_blocks
 from burst_kernels.mosaic_gpu._scores import LN_2, Scores
 
 _ATTENDING = 2  # warpgroups
 # Registers of a thread, of 65536 / 384 = 168 each as launched: what FlashAttention-3 gives them.
 _REGISTERS_ATTEND, _REGISTERS_LOAD = 240, 24
+
+# Rows that TMA takes together, see `_scratch`; an array's tokens must be a multiple of them.
+_TILE = 8
 
 _WGMMA, _ROWS, _COLUMNS = (
     plgpu.Layout.WGMMA,
@@ -109,7 +112,13 @@ class Refs(NamedTuple):
 
 
 class Running(NamedTuple):
-    """Online softmax of a warpgroup's queries: row maximum (in units of 1 / factor), sum, output."""
+    """Online softmax of a warpgroup's queries.
+
+    Attributes:
+        maximum: of each row's scores, in units of 1 / factor.
+        total: sum of exp(score - maximum).
+        out: sum of exp(score - maximum) v.
+    """
 
     maximum: Float[Array, " r"]
     total: Float[Array, " r"]
@@ -126,7 +135,7 @@ def tile_forward(
 ) -> tuple[Float[Array, "B N t Hv"], Float[Array, "B N t"]]:
     """Attention of t queries to s keys. See the tile contract in `burst_kernels._tile`."""
     (batch, heads, t, _), (_, kv_heads, s, value_dim) = q.shape, v.shape
-    q, k, v = (_whole_columns(x) for x in (q, k, v))
+    q, k, v = (whole(whole(x, 2, _TILE), 3, 64) for x in (q, k, v))
     blocks = forward_blocks(q.shape[-1], v.shape[-1], q.dtype, config or TileConfig())
     mask = block_mask(tile, t, s, blocks.block_q, blocks.block_kv, like=q)
     f = Forward(
@@ -150,9 +159,9 @@ def tile_forward(
         refs |= {"q_marks": mask.q, "kv_marks": mask.kv}
         refs |= {"active": active.blocks, "counts": active.counts}
     if onto is not None:
-        out, lse = _whole_columns(onto[0]), onto[1]
-        refs |= {"before_out": _whole_rows(out, f, 0.0)}
-        refs |= {"before_lse": _whole_rows(lse, f, -jnp.inf)}
+        out, lse = onto
+        refs |= {"before_out": whole(whole(out, 2, blocks.block_q), 3, 64)}
+        refs |= {"before_lse": whole(lse, 2, blocks.block_q)}
     out, lse = _call(f, refs)
     return out[:, :, :t, :value_dim], lse[:, :, :t]
 
@@ -214,7 +223,7 @@ def _kernel(f: Forward, g: Refs, **scratch: Any) -> None:
     if f.marks is None:
         full = total = jnp.int32(f.num_kv)
     else:
-        full, total = g.counts[row, block, 0], g.counts[row, block, 1]
+        full, total = (_scalar(g.counts, row, block, i) for i in (0, 1))
 
     @pl.when(warpgroup == _ATTENDING)
     def load() -> None:
@@ -250,7 +259,7 @@ def _load(
     stages, block_kv = f.blocks.stages, f.blocks.block_kv
 
     def step(n: Array, _: None) -> None:
-        j = n if f.marks is None else g.active[(*queries, n)]
+        j = n if f.marks is None else _scalar(g.active, *queries, n)
         slot = lax.rem(n, jnp.int32(stages))
         where = (*keys, pl.ds(j * block_kv, block_kv))
         for source, smem, ready, free in (
@@ -292,7 +301,7 @@ def _attend(
     def visit(n: Array, running: Running, masked: bool) -> Running:
         mask = None
         if masked:
-            j = g.active[row, block, n]
+            j = _scalar(g.active, row, block, n)
             mask = functools.partial(_seen, f, g, marks, row, j)
         return _visit_kernel(f, n, running, q, mask, **scratch)
 
@@ -406,19 +415,17 @@ def _finish(f: Forward, g: Refs, mine: Any, running: Running) -> None:
     plgpu.store(g.lse.at[mine], jnp.where(saw, lse, -jnp.inf), optimized=False)
 
 
+# What is read has the type of its array, mesh axes that it varies over included; what is computed
+# inside a kernel has none, and a loop's carry must not change its type. Hence + 0 and * 1, which no
+# compiler keeps.
+
+
+def _scalar(ref: Any, *index: Array | int) -> Array:
+    """An integer from global memory."""
+    return ref[index] + jnp.int32(0)
+
+
 def _registers(ref: Any, layout: Any) -> Array:
     """From global memory straight to registers."""
-    return plgpu.load(ref, layout=layout, optimized=False)
-
-
-def _whole_columns(x: Float[Array, "B N n H"]) -> Float[Array, "B N n H_"]:
-    """The head dim filled up with zeros to a multiple of 64."""
-    short = -x.shape[-1] % 64
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, short))) if short else x
-
-
-def _whole_rows(x: Float[Array, "B N t ..."], f: Forward, value: float) -> Array:
-    """The rows filled up to whole blocks of queries."""
-    short = -f.t % f.blocks.block_q
-    widths = [(0, 0), (0, 0), (0, short)] + [(0, 0)] * (x.ndim - 3)
-    return jnp.pad(x, widths, constant_values=value) if short else x
+    x = plgpu.load(ref, layout=layout, optimized=False)
+    return x * jnp.ones((), x.dtype)
