@@ -36,6 +36,7 @@ from burst_kernels._config import TileConfig
 from burst_kernels._tile import Tile
 from burst_kernels.mosaic_gpu._active import Marks, block_mask, visible, whole
 from burst_kernels.mosaic_gpu._config import Blocks, forward_blocks
+from burst_kernels.mosaic_gpu._memory import registers, scalar
 from burst_kernels.mosaic_gpu._scores import LN_2, Scores
 
 _ATTENDING = 2  # warpgroups
@@ -223,7 +224,7 @@ def _kernel(f: Forward, g: Refs, **scratch: Any) -> None:
     if f.marks is None:
         full = total = jnp.int32(f.num_kv)
     else:
-        full, total = (_scalar(g.counts, row, block, i) for i in (0, 1))
+        full, total = (scalar(g.counts, row, block, i) for i in (0, 1))
 
     @pl.when(warpgroup == _ATTENDING)
     def load() -> None:
@@ -259,7 +260,7 @@ def _load(
     stages, block_kv = f.blocks.stages, f.blocks.block_kv
 
     def step(n: Array, _: None) -> None:
-        j = n if f.marks is None else _scalar(g.active, *queries, n)
+        j = n if f.marks is None else scalar(g.active, *queries, n)
         slot = lax.rem(n, jnp.int32(stages))
         where = (*keys, pl.ds(j * block_kv, block_kv))
         for source, smem, ready, free in (
@@ -295,13 +296,13 @@ def _attend(
     marks = ()
     if f.marks is not None:
         rows = [g.q_marks.at[row, i, pl.ds(first, f.rows)] for i in range(f.marks.query_rows)]
-        marks = tuple(_registers(x, _ROWS) for x in rows)
+        marks = tuple(registers(x, _ROWS) for x in rows)
     plgpu.barrier_wait(ready)
 
     def visit(n: Array, running: Running, masked: bool) -> Running:
         mask = None
         if masked:
-            j = _scalar(g.active, row, block, n)
+            j = scalar(g.active, row, block, n)
             mask = functools.partial(_seen, f, g, marks, row, j)
         return _visit_kernel(f, n, running, q, mask, **scratch)
 
@@ -380,7 +381,7 @@ def _seen(f: Forward, g: Refs, q_marks: tuple[Array, ...], row: Array, j: Array)
     assert f.marks is not None
     columns = pl.ds(j * f.blocks.block_kv, f.blocks.block_kv)
     rows = [g.kv_marks.at[row, i, columns] for i in range(f.marks.key_rows)]
-    kv_marks = tuple(_registers(x, _COLUMNS) for x in rows)
+    kv_marks = tuple(registers(x, _COLUMNS) for x in rows)
     return visible(f.marks, q_marks, kv_marks, (f.rows, f.blocks.block_kv))
 
 
@@ -397,11 +398,11 @@ def _start(f: Forward, g: Refs, mine: Any) -> Running:
             out=constant(0.0, _WGMMA, f.rows, f.value_dim),
         )
     # A softmax whose sum, scaled by its maximum, is one.
-    lse = _registers(g.before_lse.at[mine], _ROWS)
+    lse = registers(g.before_lse.at[mine], _ROWS)
     return Running(
         maximum=lse * (1.0 / f.scores.factor),
         total=jnp.where(lse == -jnp.inf, 0.0, 1.0).astype(jnp.float32),
-        out=_registers(g.before_out.at[mine], _WGMMA),
+        out=registers(g.before_out.at[mine], _WGMMA),
     )
 
 
@@ -411,21 +412,5 @@ def _finish(f: Forward, g: Refs, mine: Any, running: Running) -> None:
     total = jnp.where(saw, running.total, 1.0)
     lse = running.maximum * f.scores.factor + jnp.log2(total) * LN_2
     inverse = lax.broadcast_in_dim(1.0 / total, running.out.shape, (0,))
-    plgpu.store(g.out.at[mine], running.out * inverse, optimized=False)
-    plgpu.store(g.lse.at[mine], jnp.where(saw, lse, -jnp.inf), optimized=False)
-
-
-# What is read has the type of its array, mesh axes that it varies over included; what is computed
-# inside a kernel has none, and a loop's carry must not change its type. Hence + 0 and * 1, which no
-# compiler keeps.
-
-
-def _scalar(ref: Any, *index: Array | int) -> Array:
-    """An integer from global memory."""
-    return ref[index] + jnp.int32(0)
-
-
-def _registers(ref: Any, layout: Any) -> Array:
-    """From global memory straight to registers."""
-    x = plgpu.load(ref, layout=layout, optimized=False)
-    return x * jnp.ones((), x.dtype)
+    g.out.at[mine][...] = running.out * inverse
+    g.lse.at[mine][...] = jnp.where(saw, lse, -jnp.inf)
