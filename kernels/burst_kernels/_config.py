@@ -12,6 +12,7 @@ class TileConfig:
     Attributes:
         block_q: query tokens in a block.
         block_kv: key tokens in a block.
+        stages: blocks of keys that the `mosaic_gpu` backend has on their way or in use at once.
         kv_heads: kv heads that one step of the `xla` backend computes together.
         chip: name of the chip to compile for, see `burst_kernels.CHIPS`; None: the mesh's, or
             that of JAX's default device.
@@ -23,6 +24,7 @@ class TileConfig:
 
     block_q: int | None = None
     block_kv: int | None = None
+    stages: int | None = None
     kv_heads: int | None = None
     chip: str | None = None
     interpret: bool = False

@@ -32,10 +32,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from burst_kernels._chips import chip_at_hand
 from burst_kernels._config import TileConfig
 from burst_kernels._tile import Tile
 from burst_kernels.mosaic_gpu._active import Marks, block_mask, visible, whole
-from burst_kernels.mosaic_gpu._config import Blocks, forward_blocks
+from burst_kernels.mosaic_gpu._config import Blocks, blocks_of, configure, problem_of, refuses
 from burst_kernels.mosaic_gpu._memory import registers, scalar
 from burst_kernels.mosaic_gpu._scores import LN_2, Scores
 
@@ -135,9 +136,13 @@ def tile_forward(
     onto: tuple[Float[Array, "B N t Hv"], Float[Array, "B N t"]] | None = None,
 ) -> tuple[Float[Array, "B N t Hv"], Float[Array, "B N t"]]:
     """Attention of t queries to s keys. See the tile contract in `burst_kernels._tile`."""
+    config = config or TileConfig()
+    problem, chip = problem_of(q, k, v, tile), config.chip or chip_at_hand().name
+    if (reason := refuses(problem, chip)) is not None:
+        raise NotImplementedError(f"mosaic_gpu refuses: {reason}")
+    blocks = blocks_of(configure(problem, chip, config))
     (batch, heads, t, _), (_, kv_heads, s, value_dim) = q.shape, v.shape
     q, k, v = (whole(whole(x, 2, _TILE), 3, 64) for x in (q, k, v))
-    blocks = forward_blocks(q.shape[-1], v.shape[-1], q.dtype, config or TileConfig())
     mask = block_mask(tile, t, s, blocks.block_q, blocks.block_kv, like=q)
     f = Forward(
         batch=batch,
