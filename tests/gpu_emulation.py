@@ -3,7 +3,7 @@
 The interpreter executes TMA copies, barriers and warpgroups, and finds races between them. It takes
 no `wgmma` with an operand in registers, does not see that a `wgmma` reads, and knows no TMA
 reduction. So here a `wgmma` first reads its operands into a scratch of its own warpgroup, and a
-reduction is a read and a write. A kernel's whole logic runs, and its numbers can be compared. What
+reduction a read and a write. A kernel's whole logic runs, and its numbers can be compared. What
 is not shown: that what is asynchronous on the chip is waited for (`wgmma_wait`), and its layouts.
 """
 
@@ -30,8 +30,31 @@ _COPY, _ARRIVE = plgpu.copy_smem_to_gmem, plgpu.barrier_arrive
 _LARGEST = 256
 
 
+def _is_accumulator(x: Any) -> bool:
+    return isinstance(x, plgpu.ACC)
+
+
+class _Cell:
+    """An array that is written to as a whole, in place of a reference."""
+
+    def __init__(self, value: jax.Array) -> None:
+        self.value = value
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        assert index is Ellipsis
+        return self.value
+
+    def __setitem__(self, index: Any, value: jax.Array) -> None:
+        assert index is Ellipsis and value.shape == self.value.shape
+        assert value.dtype == self.value.dtype
+        self.value = value
+
+
 class _Emulation:
     """Stand-ins for functions of `plgpu` while one kernel is traced."""
+
+    def __init__(self, detect_races: bool) -> None:
+        self.detect_races = detect_races
 
     operands: Any = None
     thread_name: str | None = None
@@ -57,10 +80,33 @@ class _Emulation:
             copies.append(copy)
         _WGMMA(acc, *copies)
 
+    def run_state(self, body: Callable[[Any], None]) -> Callable[[Any], Any]:
+        """Of accumulators and arrays: to the interpreter, a start is added to what is accumulated.
+
+        What `body` writes to arrays it must write outside of scopes within it.
+        """
+
+        def run(start: Any) -> Any:
+            starts, structure = jax.tree.flatten(start, is_leaf=_is_accumulator)
+            accumulators = [plgpu.ACC(x.shape, x.dtype) for x in starts if _is_accumulator(x)]
+
+            def inside(*accumulators: Any) -> list[jax.Array]:
+                free = iter(accumulators)
+                refs = [next(free) if _is_accumulator(x) else _Cell(x) for x in starts]
+                body(jax.tree.unflatten(structure, refs))
+                return [ref[...] for ref in refs]
+
+            found = pl.run_scoped(inside, *accumulators)
+            pairs = zip(starts, found, strict=True)
+            found = [x._init + y if _is_accumulator(x) else y for x, y in pairs]
+            return jax.tree.unflatten(structure, found)
+
+        return run
+
     def copy_smem_to_gmem(self, src: Any, dst: Any, *args: Any, reduction_op=None, **kwargs: Any):
-        if reduction_op is None:
+        assert reduction_op in (None, "add")
+        if reduction_op is None or self.detect_races:
             return _COPY(src, dst, *args, **kwargs)
-        assert reduction_op == "add"
         dst[...] = dst[...] + src[...]
 
     def barrier_arrive(self, barrier: Any) -> None:
@@ -71,12 +117,18 @@ class _Emulation:
 
 
 @contextlib.contextmanager
-def emulated(**params: Any) -> Iterator[None]:
-    """Kernels traced inside are interpreted, and races are found."""
-    stand_in = _Emulation()
-    params = {"detect_races": True} | params
+def emulated(detect_races: bool = True, **params: Any) -> Iterator[None]:
+    """Kernels traced inside are interpreted.
+
+    Args:
+        detect_races: raise where warpgroups race. Then a reduction is a plain copy, since the
+            interpreter knows no atomic sum: for kernels that add to each place but once.
+        **params: of `InterpretGPUParams`.
+    """
+    stand_in = _Emulation(detect_races)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("kernel", "wgmma", "copy_smem_to_gmem", "barrier_arrive"):
             patch.setattr(plgpu, name, getattr(stand_in, name))
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**params)):
+        patch.setattr(pl, "run_state", stand_in.run_state)
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races, **params)):
             yield
