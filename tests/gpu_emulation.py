@@ -130,5 +130,7 @@ def emulated(detect_races: bool = True, **params: Any) -> Iterator[None]:
         for name in ("kernel", "wgmma", "copy_smem_to_gmem", "barrier_arrive"):
             patch.setattr(plgpu, name, getattr(stand_in, name))
         patch.setattr(pl, "run_state", stand_in.run_state)
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races, **params)):
+        with plgpu.force_gpu_interpret_mode(
+            plgpu.InterpretGPUParams(detect_races=detect_races, **params)
+        ):
             yield

@@ -108,9 +108,7 @@ def _mask_operands(mask: BlockMask | None) -> dict[str, Array]:
     if mask is None:
         return {}
     active = mask.queries_of_keys()
-    return dict(
-        q_marks=mask.q, kv_marks=mask.kv, blocks=active.blocks, counts=active.counts
-    )
+    return dict(q_marks=mask.q, kv_marks=mask.kv, blocks=active.blocks, counts=active.counts)
 
 
 def _powers(

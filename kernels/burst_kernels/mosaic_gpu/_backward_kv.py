@@ -18,7 +18,7 @@ block of keys; its active query blocks, of all G query heads of the kv head, pas
 
 We differ in that blocks come from a list (`_active`), FULL ones first, so that no mask known only as
 data costs what its EMPTY blocks would; in that the query heads of a kv head are summed in registers;
-and in that dq starts from what the ring has found before. CTAs add to dq in no fixed order: its last
+and in that score gradients of float16 are kept in its range by a power of two. CTAs add to dq in no fixed order: its last
 bits may differ from run to run.
 """
 
@@ -238,7 +238,7 @@ def backward_kv(
             _store(c, here, dk_sum * scale, x.dk, dk, s)
             _store(c, here, dv_sum, x.dv, dv, s)
 
-    return plgpu.kernel(
+    dk, dv = plgpu.kernel(
         kernel,
         out_type=[
             out_type((c.batch, c.kv_heads, c.s, c.H)),
@@ -253,6 +253,7 @@ def backward_kv(
         kernel_name="burst_backward",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(operands, dq)
+    return dk, dv
 
 
 def _visits(c: Cut, here: _Here, x: Operands) -> Iterator[_Visits]:
@@ -354,9 +355,7 @@ def _visit_queries(
         at = (pl.ds(start, rows), pl.ds(here.wg * columns, columns))
         if c.split_rows:
             at = (pl.ds(start + here.wg * ROWS, ROWS), slice(None))
-        plgpu.copy_smem_to_gmem(
-            s.out.at[here.wg], dq.at[here.b, head, *at], reduction_op="add"
-        )
+        plgpu.copy_smem_to_gmem(s.out.at[here.wg], dq.at[here.b, head, *at], reduction_op="add")
 
     _each(c, visits, visit)
 
