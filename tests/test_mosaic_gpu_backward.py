@@ -1,4 +1,4 @@
-"""The Hopper backward tile: its numbers by emulation on CPU or on the GPU itself, and its compilation.
+"""The Hopper backward tile: numbers by emulation on CPU or on the GPU itself, and compilation.
 
 `tests/gpu_emulation.py` says what an emulation shows and what it does not.
 """
@@ -116,7 +116,7 @@ def made(case: Case) -> tuple[Tile, np.ndarray]:
 
 
 def operands(case: Case, seen: np.ndarray) -> tuple[np.ndarray, ...]:
-    """q, k, v, do, lse, delta as the oracle has them; lse and delta of more keys than the tile's."""
+    """q, k, v, do, lse, delta as the oracle has them, the last two of more keys."""
     x = oracle.inputs(
         case.name, T=case.t, S=case.s, B=case.B, N=case.N, K=case.K, H=case.H, Hv=case.Hv,
         dtype=case.dtype,

@@ -194,7 +194,9 @@ def _expand(summary: Summary, axis: int) -> Summary:
     return jax.tree.map(lambda x: jnp.expand_dims(x, axis), summary)
 
 
-def whole(x: Shaped[Array, "..."], axis: int, block: int, **how: float | str) -> Shaped[Array, "..."]:
+def whole(
+    x: Shaped[Array, "..."], axis: int, block: int, **how: float | str
+) -> Shaped[Array, "..."]:
     """x with `axis` filled up to a multiple of `block`: zeros, or as `jnp.pad` is told.
 
     Where nothing is missing nothing is copied.

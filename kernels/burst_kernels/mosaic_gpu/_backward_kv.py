@@ -16,10 +16,10 @@ block of keys; its active query blocks, of all G query heads of the kv head, pas
                   dq part -> shared memory -> added to dq in global memory by TMA
     store       dk, dv (and what was found before) -> shared memory -> global memory
 
-We differ in that blocks come from a list (`_active`), FULL ones first, so that no mask known only as
-data costs what its EMPTY blocks would; in that the query heads of a kv head are summed in registers;
-and in that score gradients of float16 are kept in its range by a power of two. CTAs add to dq in no fixed order: its last
-bits may differ from run to run.
+We differ in that blocks come from a list (`_active`), FULL ones first, so that no mask known only
+as data costs what its EMPTY blocks would; in that the query heads of a kv head are summed in
+registers; and in that score gradients of float16 are kept in its range by a power of two. CTAs add
+to dq in no fixed order: its last bits may differ from run to run.
 """
 
 from collections.abc import Callable, Iterator
