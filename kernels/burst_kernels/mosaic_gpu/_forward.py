@@ -3,26 +3,30 @@
 One CTA computes `block_q` queries of one head with three warpgroups that share two rings of
 `stages` buffers, one for k and one for v:
 
-    load      (1 warpgroup, few registers)           attend    (2 warpgroups, block_q / 2 rows each)
-    for each active block of keys:                   q -> shared memory, once
-      wait    k_free[slot]                           for each active block of keys:
-      TMA     k -> k[slot], signals k_ready[slot]      wait k_ready[slot]; scores = q k^T  (wgmma)
-      wait    v_free[slot]                             arrive k_free[slot]
-      TMA     v -> v[slot], signals v_ready[slot]      online softmax in registers
-                                                       wait v_ready[slot]; out += p v      (wgmma)
-                                                       arrive v_free[slot]
-                                                     out, lse: registers -> global memory
+    load   (1 warpgroup, few registers)      attend   (2 warpgroups, block_q / 2 rows each)
+    for each active block n of keys:         for each active block n of keys:
+      wait   k_free[n]                         wait    k_ready[n], v_ready[n - 1], the own turn
+      TMA    k -> ring, signals k_ready[n]     start   scores = q k[n]^T        (wgmma)
+      wait   v_free[n]                         start   out += p v[n - 1]        (wgmma)
+      TMA    v -> ring, signals v_ready[n]     signal  the other's turn
+                                               wait    scores; signal k_free[n]
+                                               softmax of the scores: new p, and what shrinks out
+                                               wait    out; signal v_free[n - 1]
+                                             out, lse: registers -> global memory
 
-The two attending warpgroups take turns (`turn`): while one is at its softmax, the other has the
-tensor cores. Each passes twice a block, before its softmax and after it; one more passage of the
-second at the start, and of the first at the end, keeps them half a block apart.
+So the softmax of a block overlaps with the values of the one before it, and, since the attending
+warpgroups take turns at starting products, with both products of the other warpgroup. The first
+block has no values to multiply, the last block's are multiplied after the loop. A ring's n is taken
+modulo `stages`.
 
 We differ in that the blocks come from a list (`_active`), first those without a mask, so that no
 mask known only as data costs what its EMPTY blocks would; in that the softmax starts from what the
 ring has found before; and in that the scale is applied after the maximum is taken off.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -127,6 +131,43 @@ class Running(NamedTuple):
     out: Float[Array, "r Hv"]
 
 
+class Found(NamedTuple):
+    """`Running`, but for the values of the last block.
+
+    Attributes:
+        shrink: factor that `out` is still to be multiplied with.
+        p: exp(score - maximum) of the last block, still to be multiplied with its values.
+    """
+
+    maximum: Float[Array, " r"]
+    total: Float[Array, " r"]
+    out: Float[Array, "r Hv"]
+    shrink: Float[Array, " r"]
+    p: Float[Array, "r kv"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """The rings of keys and values, as an attending warpgroup sees them."""
+
+    me: Array
+    stages: int
+    k_smem: Any
+    v_smem: Any
+    k_ready: Any
+    v_ready: Any
+    k_free: Any
+    v_free: Any
+    turn: Any
+
+    def slot(self, n: Array) -> Array:
+        """Where the n-th active block lies."""
+        return lax.rem(n, jnp.int32(self.stages))
+
+
+Mask = Callable[[Array], Callable[[], Array]]
+
+
 def tile_forward(
     q: Float[Array, "B N t H"],
     k: Float[Array, "B K s H"],
@@ -217,7 +258,7 @@ def _scratch(f: Forward) -> dict[str, Any]:
         v_ready=plgpu.Barrier(num_barriers=stages),
         k_free=plgpu.Barrier(num_arrivals=_ATTENDING, num_barriers=stages),
         v_free=plgpu.Barrier(num_arrivals=_ATTENDING, num_barriers=stages),
-        turn=plgpu.Barrier(num_arrivals=_ATTENDING),
+        turn=plgpu.Barrier(num_barriers=_ATTENDING),
     )
 
 
@@ -297,118 +338,154 @@ def _attend(
     mine = (sequence, head, pl.ds(first, f.rows))
     q, ready = q_smem.at[warpgroup], q_ready.at[warpgroup]
     plgpu.copy_gmem_to_smem(g.q.at[mine], q, ready)
-    start = _start(f, g, mine)
     marks = ()
     if f.marks is not None:
         rows = [g.q_marks.at[row, i, pl.ds(first, f.rows)] for i in range(f.marks.query_rows)]
         marks = tuple(registers(x, _ROWS) for x in rows)
+    ring = Ring(warpgroup, f.blocks.stages, **scratch)
+    # The first warpgroup has the first turn.
+    pl.when(warpgroup == 1)(functools.partial(plgpu.barrier_arrive, ring.turn.at[0]))
     plgpu.barrier_wait(ready)
 
-    def visit(n: Array, running: Running, masked: bool) -> Running:
-        mask = None
-        if masked:
-            j = scalar(g.active, row, block, n)
-            mask = functools.partial(_seen, f, g, marks, row, j)
-        return _visit_kernel(f, n, running, q, mask, **scratch)
+    def seen(n: Array) -> Callable[[], Array]:
+        return _seen(f, g, marks, row, scalar(g.active, row, block, n))
 
-    turn = scratch["turn"]
-    pl.when(warpgroup == 1)(functools.partial(_pass, turn))
-    running = lax.fori_loop(jnp.int32(0), full, functools.partial(visit, masked=False), start)
-    if f.marks is not None:
-        running = lax.fori_loop(full, total, functools.partial(visit, masked=True), running)
-    pl.when(warpgroup == 0)(functools.partial(_pass, turn))
-    _finish(f, g, mine, running)
+    def visit(n: Array, found: Found, masked: bool) -> Found:
+        return _visit_kernel(f, ring, n, found, q, seen if masked else None)
+
+    @pl.when(total > 0)
+    def some() -> None:
+        # A mask on the first block, be it FULL, saves a copy of the code.
+        maximum, total_, shrink, p = _first(
+            f, ring, *_start(f, g, mine), q, None if f.marks is None else seen
+        )
+        # Read this late, and not kept for `none`, it takes no registers from the scores.
+        found = Found(maximum, total_, _start_out(f, g, mine), shrink, p)
+        ahead = lax.fori_loop(jnp.int32(1), full, functools.partial(visit, masked=False), found)
+        if f.marks is not None:
+            after = jnp.maximum(full, 1)
+            ahead = lax.fori_loop(after, total, functools.partial(visit, masked=True), ahead)
+        _finish(f, g, mine, _last(ring, ahead, total - 1))
+
+    @pl.when(total == 0)
+    def none() -> None:
+        _finish(f, g, mine, Running(*_start(f, g, mine), _start_out(f, g, mine)))
+
+
+def _first(
+    f: Forward, ring: Ring, maximum: Array, total: Array, q: Any, mask: Mask | None
+) -> tuple[Array, Array, Array, Array]:
+    """Scores and probabilities of the first block: see `_softmax`."""
+    seen = None if mask is None else mask(jnp.int32(0))
+    plgpu.barrier_wait(ring.k_ready.at[0])
+    plgpu.barrier_wait(ring.turn.at[ring.me])
+
+    def scores(acc: Any) -> Array:
+        plgpu.wgmma(acc, q, ring.k_smem.at[0].transpose((1, 0)))
+        plgpu.barrier_arrive(ring.turn.at[1 - ring.me])
+        return plgpu.wgmma_accumulator_load(acc, wait_n=0)
+
+    shape = (f.rows, f.blocks.block_kv)
+    raw = lax.optimization_barrier(pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32)))
+    plgpu.barrier_arrive(ring.k_free.at[0])
+    *softmax, p = _softmax(f, raw, seen, maximum, total)
+    return *softmax, p.astype(f.dtype)
 
 
 def _visit_kernel(
-    f: Forward,
-    n: Array,
-    running: Running,
-    q: Any,
-    mask: Any,
-    *,
-    k_smem: Any,
-    v_smem: Any,
-    k_ready: Any,
-    v_ready: Any,
-    k_free: Any,
-    v_free: Any,
-    turn: Any,
-) -> Running:
-    """Adds the n-th active block of keys to the online softmax."""
-    slot = lax.rem(n, jnp.int32(f.blocks.stages))
-    shape = (f.rows, f.blocks.block_kv)
-    # Read before the product is awaited, so that the latency of global memory hides behind it.
-    seen = None if mask is None else mask()
-    plgpu.barrier_wait(k_ready.at[slot])
+    f: Forward, ring: Ring, n: Array, found: Found, q: Any, mask: Mask | None
+) -> Found:
+    """Scores and probabilities of the n-th active block; values of the one before it."""
+    slot, before, shape = ring.slot(n), ring.slot(n - 1), (f.rows, f.blocks.block_kv)
+    # Read early, so that the latency of global memory hides behind the products.
+    seen = None if mask is None else mask(n)  # compared later: see _seen
+    plgpu.barrier_wait(ring.k_ready.at[slot])
+    plgpu.barrier_wait(ring.v_ready.at[before])
+    plgpu.barrier_wait(ring.turn.at[ring.me])
 
-    def multiply_keys(acc: Any) -> Array:
-        plgpu.wgmma(acc, q, k_smem.at[slot].transpose((1, 0)))
-        _pass(turn)
-        return acc[...]
+    def products(acc: Any) -> tuple[Array, ...]:
+        plgpu.wgmma(acc, q, ring.k_smem.at[slot].transpose((1, 0)))
+        out = found.out * lax.broadcast_in_dim(found.shrink, found.out.shape, (0,))
 
-    scores = pl.run_scoped(multiply_keys, plgpu.ACC(shape, jnp.float32))
-    plgpu.barrier_arrive(k_free.at[slot])
+        def values(refs: tuple[Any, ...]) -> None:
+            out, *softmax = refs
+            plgpu.wgmma(out, found.p, ring.v_smem.at[before])
+            plgpu.barrier_arrive(ring.turn.at[1 - ring.me])
+            raw = plgpu.wgmma_accumulator_load(acc, wait_n=1)
+            raw = lax.optimization_barrier(raw)  # nothing is read before it is there
+            plgpu.barrier_arrive(ring.k_free.at[slot])
+            new = _softmax(f, raw, seen, found.maximum, found.total)
+            for ref, x in zip(softmax, new, strict=True):
+                ref[...] = x
 
-    scores = f.scores.capped(scores)
+        start = (found.maximum, found.total, found.shrink, jnp.zeros(shape, jnp.float32))
+        return pl.run_state(values)((plgpu.ACC.init(out), *start))
+
+    out, maximum, total, shrink, p = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
+    plgpu.barrier_arrive(ring.v_free.at[before])
+    return Found(maximum, total, out, shrink, p.astype(f.dtype))
+
+
+def _last(ring: Ring, found: Found, n: Array) -> Running:
+    """Values of the last block."""
+    slot = ring.slot(n)
+    plgpu.barrier_wait(ring.v_ready.at[slot])
+
+    def multiply_values(acc: Any) -> None:
+        plgpu.wgmma(acc, found.p, ring.v_smem.at[slot])
+
+    out = found.out * lax.broadcast_in_dim(found.shrink, found.out.shape, (0,))
+    out = pl.run_state(multiply_values)(plgpu.ACC.init(out))
+    return Running(found.maximum, found.total, out)
+
+
+def _softmax(
+    f: Forward, raw: Array, seen: Array | None, before: Array, total: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Maximum, sum, what shrinks that which was found before, and exp(score - maximum)."""
+    scores = f.scores.capped(raw)
     if seen is not None:
-        scores = jnp.where(seen, scores, -jnp.inf)
-    maximum = jnp.maximum(running.maximum, scores.max(1))
+        scores = jnp.where(seen(), scores, -jnp.inf)
+    maximum = jnp.maximum(before, scores.max(1))
     finite = maximum
     if seen is not None:  # a row that has seen nothing yet
         finite = jnp.where(maximum == -jnp.inf, 0.0, maximum)
     p = f.scores.probability(scores, finite)
-    shrink = jnp.exp2((running.maximum - finite) * f.scores.factor_2)
-    total = running.total * shrink + p.sum(1)
-    out = running.out * lax.broadcast_in_dim(shrink, running.out.shape, (0,))
-    p = p.astype(f.dtype)
-
-    plgpu.barrier_arrive(turn)
-    plgpu.barrier_wait(v_ready.at[slot])
-    plgpu.barrier_wait(turn)
-
-    def multiply_values(acc: Any) -> None:
-        plgpu.wgmma(acc, p, v_smem.at[slot])
-
-    out = pl.run_state(multiply_values)(plgpu.ACC.init(out))
-    plgpu.barrier_arrive(v_free.at[slot])
-    return Running(maximum, total, out)
+    shrink = jnp.exp2((before - finite) * f.scores.factor_2)
+    return maximum, total * shrink + p.sum(1), shrink, p
 
 
-def _pass(turn: Any) -> None:
-    """Both attending warpgroups meet."""
-    plgpu.barrier_arrive(turn)
-    plgpu.barrier_wait(turn)
-
-
-def _seen(f: Forward, g: Refs, q_marks: tuple[Array, ...], row: Array, j: Array) -> Array:
-    """Which pairs count in a PARTIAL pair of blocks."""
+def _seen(
+    f: Forward, g: Refs, q_marks: tuple[Array, ...], row: Array, j: Array
+) -> Callable[[], Array]:
+    """Reads the marks of a PARTIAL pair of blocks; what is returned then says which pairs count."""
     assert f.marks is not None
     columns = pl.ds(j * f.blocks.block_kv, f.blocks.block_kv)
     rows = [g.kv_marks.at[row, i, columns] for i in range(f.marks.key_rows)]
     kv_marks = tuple(registers(x, _COLUMNS) for x in rows)
-    return visible(f.marks, q_marks, kv_marks, (f.rows, f.blocks.block_kv))
+    shape = (f.rows, f.blocks.block_kv)
+    return lambda: visible(f.marks, q_marks, kv_marks, shape)
 
 
-def _start(f: Forward, g: Refs, mine: Any) -> Running:
-    """What was found before, or nothing."""
-
-    def constant(value: float, layout: Any, *shape: int) -> Array:
-        return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
+def _start(f: Forward, g: Refs, mine: Any) -> tuple[Array, Array]:
+    """Maximum and sum of what was found before, or of nothing."""
     if not f.continued:
-        return Running(
-            maximum=constant(-jnp.inf, _ROWS, f.rows),
-            total=constant(0.0, _ROWS, f.rows),
-            out=constant(0.0, _WGMMA, f.rows, f.value_dim),
-        )
+        return _constant(-jnp.inf, _ROWS, f.rows), _constant(0.0, _ROWS, f.rows)
     # A softmax whose sum, scaled by its maximum, is one.
     lse = registers(g.before_lse.at[mine], _ROWS)
-    return Running(
-        maximum=lse * (1.0 / f.scores.factor),
-        total=jnp.where(lse == -jnp.inf, 0.0, 1.0).astype(jnp.float32),
-        out=registers(g.before_out.at[mine], _WGMMA),
-    )
+    one = jnp.where(lse == -jnp.inf, 0.0, jnp.ones_like(lse))
+    return lse * (1.0 / f.scores.factor), one
+
+
+def _start_out(f: Forward, g: Refs, mine: Any) -> Array:
+    """The output found before, or zero."""
+    if not f.continued:
+        return _constant(0.0, _WGMMA, f.rows, f.value_dim)
+    return registers(g.before_out.at[mine], _WGMMA)
+
+
+def _constant(value: float, layout: Any, *shape: int) -> Array:
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
 def _finish(f: Forward, g: Refs, mine: Any, running: Running) -> None:
