@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 from burst_kernels._config import TileConfig
 from burst_kernels._tile import Onto, Tile
 from burst_kernels.mosaic_gpu._active import BlockMask, block_mask, whole
-from burst_kernels.mosaic_gpu._backward_kv import Cut, Operands, backward_kv
+from burst_kernels.mosaic_gpu._backward_blocks import Cut, Operands
+from burst_kernels.mosaic_gpu._backward_kv import backward_kv
 from burst_kernels.mosaic_gpu._scores import Scores
 
 # Columns of 16-bit numbers in a row of swizzled shared memory.
