@@ -21,8 +21,8 @@ _SMEM_BYTES = 227 * 1024 - 4 * 1024
 # Of an attending thread's 240 registers, those left for scores, probabilities and output.
 # Empirical: ptxas spills nothing at 192 (H = 64, 192 and 256 among others).
 _REGISTERS = 192
-_ATTENDING = 2  # warpgroups; each takes 64 rows at a time, the height of a wgmma
-_BLOCK_Q = 64 * _ATTENDING
+ATTENDING = 2  # warpgroups; each takes 64 rows at a time, the height of a wgmma
+_BLOCK_Q = 64 * ATTENDING
 _GREATEST_HEAD_DIM = 256
 
 # Blocks of keys and stages, the first that fits: FlashAttention-3's for sm_90 in multiples of 64,
@@ -102,7 +102,7 @@ def configure(problem: Problem, chip_name: str, config: TileConfig) -> TileConfi
     if block_q % _BLOCK_Q:
         raise ValueError(
             f"TileConfig.block_q={block_q}: on {chip_name} it must be a multiple of {_BLOCK_Q}, "
-            f"64 rows for each of {_ATTENDING} warpgroups."
+            f"64 rows for each of {ATTENDING} warpgroups."
         )
     if block_kv % 64 or block_kv > 256:
         raise ValueError(
@@ -134,7 +134,7 @@ def smem_bytes(problem: Problem, blocks: Blocks) -> int:
 def registers(problem: Problem, blocks: Blocks) -> int:
     """Registers of an attending thread for scores, probabilities and output."""
     # A thread has 1 / 128 of each array.
-    elements = blocks.block_q // _ATTENDING * (3 * blocks.block_kv // 2 + _columns(problem.Hv))
+    elements = blocks.block_q // ATTENDING * (3 * blocks.block_kv // 2 + _columns(problem.Hv))
     return elements // 128
 
 
