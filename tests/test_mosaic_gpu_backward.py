@@ -86,6 +86,10 @@ CASES = (
          left=60, right=4, cap=2.0),
     Case("two kinds of documents, positions and padding of each row", B=2, t=140, kinds=2,
          q_positions=of_each_row, kv_positions=of_each_row, left=90),
+    Case("head dims too wide for one warpgroup", t=130, s=75, N=2, H=256, Hv=192,
+         q_positions=start(9), kv_positions=start(0), right=0),
+    Case("wide heads, documents, soft cap, float16", t=80, H=200, Hv=256, kinds=1, B=2, cap=5.0,
+         dtype=jnp.float16),
     Case("keys are all after the queries", q_positions=start(0), kv_positions=start(500), right=0),
 )  # fmt: skip
 
@@ -213,10 +217,10 @@ def test_float16_score_gradients_neither_overflow_nor_vanish(power, where):
 
 
 @pytest.mark.skipif(gpu_emulation.UNAVAILABLE is not None, reason=str(gpu_emulation.UNAVAILABLE))
-@pytest.mark.parametrize("H", [64, 128])
+@pytest.mark.parametrize("H", [64, 128, 256])
 def test_warpgroups_do_not_race(H):
     # One block of keys and one query head to a kv head, so that dq is written once.
-    case = Case("races", t=256, B=1, N=2, K=2, H=H, Hv=H, q_positions=start(64),
+    case = Case("races", t=256, s=64, N=2, K=2, H=H, Hv=H, q_positions=start(0),
                 kv_positions=start(0), right=0)  # fmt: skip
     tile, seen = made(case)
     arrays = operands(case, seen)
@@ -276,7 +280,7 @@ def compiled(case: Case, onto: bool) -> str:
 @COMPILER
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("H", [64, 128])
+@pytest.mark.parametrize("H", [64, 128, 256])
 @pytest.mark.parametrize("case", [CASES[i] for i in (0, 1, 5, 6)], ids=str)
 def test_it_compiles_for_hopper_and_dq_is_changed_in_place(case, H, dtype):
     case = dataclasses.replace(case, H=H, Hv=H, dtype=dtype)

@@ -1,7 +1,7 @@
 """Backward tile on Hopper: what the kernel needs is made ready, what it gives is put in shape.
 
-dq is a buffer of zeros that CTAs add to (`_backward_kv`): a `jax.Ref`, so that the kernel writes
-where it reads.
+dq is a buffer of zeros that CTAs add to (`_backward_kv`, `_backward_wide`): a `jax.Ref`, so that
+the kernel writes where it reads.
 """
 
 import jax
@@ -13,6 +13,7 @@ from burst_kernels._tile import Onto, Tile
 from burst_kernels.mosaic_gpu._active import BlockMask, block_mask, whole
 from burst_kernels.mosaic_gpu._backward_blocks import Cut, Operands
 from burst_kernels.mosaic_gpu._backward_kv import backward_kv
+from burst_kernels.mosaic_gpu._backward_wide import backward_wide
 from burst_kernels.mosaic_gpu._scores import Scores
 
 # Columns of 16-bit numbers in a row of swizzled shared memory.
@@ -72,10 +73,10 @@ def refuses_backward(H: int, Hv: int, dtype: jnp.dtype) -> str | None:
     """Why the backward kernel cannot compute such tiles, or None."""
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"Hopper's tensor cores take bfloat16 and float16 operands here, not {dtype}."
-    if max(H, Hv) > 128:
+    if max(H, Hv) > 256:
         return (
-            f"head dims {H} and {Hv}: dk and dv of 64 keys, in float32, fill the registers of a "
-            "warpgroup beyond head dim 128."
+            f"head dims {H} and {Hv}: of 64 keys dk or dv, in float32, takes more registers than a "
+            "warpgroup has beyond head dim 256."
         )
     return None
 
@@ -147,7 +148,8 @@ def _call(c: Cut, x: Operands, like: Array) -> tuple[Array, Array, Array]:
     # what has been added to them is said to vary afterwards.
     shape = (c.batch, c.kv_heads * c.heads_per_kv, c.t, c.H)
     dq_ref = jax.new_ref(jnp.zeros(shape, jnp.float32))
-    dk, dv = backward_kv(c, x, dq_ref, out_type)
+    run = backward_wide if c.wide else backward_kv
+    dk, dv = run(c, x, dq_ref, out_type)
     dq, dk, dv = jax.lax.optimization_barrier((jax.freeze(dq_ref), dk, dv))
     axes = tuple(sorted(varying.varying))
     return jax.lax.pcast(dq, axes, to="varying") if axes else dq, dk, dv
