@@ -122,6 +122,7 @@ def test_a_causal_square_visits_its_lower_half_and_masks_its_diagonal():
     mask = _active.block_mask(tile, n, n, block, block, like=p)
     counts = np.asarray(mask.keys_of_queries().counts[0])
     assert counts.tolist() == [[i, i + 1] for i in range(n // block)]
+    assert mask.keys_of_queries().heaviest_first()[0].tolist() == list(range(n // block))[::-1]
     # Queries that fill up a block turn nothing into PARTIAL.
     p_short = p[:, : n - 3]
     tile = dataclasses.replace(tile, q_positions=p_short)

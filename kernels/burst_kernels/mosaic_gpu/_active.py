@@ -13,7 +13,7 @@ into them: a padded query has last = -2**31, a padded key position 2**31 - 1, wh
 real query reaches. A comparison that no mask of this tile needs is not made (`Marks`, static).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,11 @@ class Active(NamedTuple):
 
     blocks: Int[Array, "b n m"]
     counts: Int[Array, "b n 2"]
+
+    def heaviest_first(self) -> Int[Array, "b n"]:
+        """The n blocks by falling number of pairs: started so, the last to end end together."""
+        index = jax.lax.broadcasted_iota(jnp.int32, self.counts.shape[:2], 1)
+        return jax.lax.sort((-self.counts[:, :, 1], index), dimension=1, num_keys=1)[1]
 
 
 class BlockMask(NamedTuple):
@@ -194,9 +199,7 @@ def _expand(summary: Summary, axis: int) -> Summary:
     return jax.tree.map(lambda x: jnp.expand_dims(x, axis), summary)
 
 
-def whole(
-    x: Shaped[Array, "..."], axis: int, block: int, **how: float | str
-) -> Shaped[Array, "..."]:
+def whole(x: Shaped[Array, "..."], axis: int, block: int, **how: Any) -> Shaped[Array, "..."]:
     """x with `axis` filled up to a multiple of `block`: zeros, or as `jnp.pad` is told.
 
     Where nothing is missing nothing is copied.

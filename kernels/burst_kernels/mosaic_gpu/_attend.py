@@ -16,6 +16,7 @@ from burst_kernels.mosaic_gpu._config import ATTENDING, Blocks
 from burst_kernels.mosaic_gpu._memory import registers, scalar
 from burst_kernels.mosaic_gpu._scores import LN_2, Scores
 
+_Accumulator = plgpu.WGMMAAccumulatorRef
 _WGMMA, _ROWS, _COLUMNS = (
     plgpu.Layout.WGMMA,
     plgpu.Layout.WGMMA.reduce(1),
@@ -76,6 +77,7 @@ class Refs(NamedTuple):
     kv_marks: Any = None
     active: Any = None
     counts: Any = None
+    order: Any = None
     before_out: Any = None
     before_lse: Any = None
     out: Any = None
@@ -200,10 +202,10 @@ def _first(
         return plgpu.wgmma_accumulator_load(acc, wait_n=0)
 
     shape = (f.rows, f.blocks.block_kv)
-    raw = lax.optimization_barrier(pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32)))
+    raw = lax.optimization_barrier(pl.run_scoped(scores, _Accumulator(shape, jnp.float32)))
     plgpu.barrier_arrive(ring.k_free.at[0])
-    *softmax, p = _softmax(f, raw, seen, maximum, total)
-    return *softmax, p.astype(f.dtype)
+    maximum, total, shrink, p = _softmax(f, raw, seen, maximum, total)
+    return maximum, total, shrink, p.astype(f.dtype)
 
 
 def _visit_kernel(
@@ -217,7 +219,7 @@ def _visit_kernel(
     plgpu.barrier_wait(ring.v_ready.at[before])
     plgpu.barrier_wait(ring.turn.at[ring.me])
 
-    def products(acc: Any) -> tuple[Array, ...]:
+    def products(acc: Any) -> Any:
         plgpu.wgmma(acc, q, ring.k_smem.at[slot].transpose((1, 0)))
         out = found.out * lax.broadcast_in_dim(found.shrink, found.out.shape, (0,))
 
@@ -233,9 +235,9 @@ def _visit_kernel(
                 ref[...] = x
 
         start = (found.maximum, found.total, found.shrink, jnp.zeros(shape, jnp.float32))
-        return pl.run_state(values)((plgpu.ACC.init(out), *start))
+        return pl.run_state(values)((_Accumulator.init(out), *start))
 
-    out, maximum, total, shrink, p = pl.run_scoped(products, plgpu.ACC(shape, jnp.float32))
+    out, maximum, total, shrink, p = pl.run_scoped(products, _Accumulator(shape, jnp.float32))
     plgpu.barrier_arrive(ring.v_free.at[before])
     return Found(maximum, total, out, shrink, p.astype(f.dtype))
 
@@ -248,13 +250,13 @@ def _last(ring: Ring, found: Found, n: Array) -> Running:
     def multiply_values(acc: Any) -> None:
         plgpu.wgmma(acc, found.p, ring.v_smem.at[slot])
 
-    out = found.out * lax.broadcast_in_dim(found.shrink, found.out.shape, (0,))
-    out = pl.run_state(multiply_values)(plgpu.ACC.init(out))
+    shrunk = found.out * lax.broadcast_in_dim(found.shrink, found.out.shape, (0,))
+    out: Any = pl.run_state(multiply_values)(_Accumulator.init(shrunk))
     return Running(found.maximum, found.total, out)
 
 
 def _softmax(
-    f: Forward, raw: Array, seen: Array | None, before: Array, total: Array
+    f: Forward, raw: Array, seen: Callable[[], Array] | None, before: Array, total: Array
 ) -> tuple[Array, Array, Array, Array]:
     """Maximum, sum, what shrinks that which was found before, and exp(score - maximum)."""
     scores = f.scores.capped(raw)
@@ -273,12 +275,13 @@ def _seen(
     f: Forward, g: Refs, q_marks: tuple[Array, ...], row: Array, j: Array
 ) -> Callable[[], Array]:
     """Reads the marks of a PARTIAL pair of blocks; what is returned then says which pairs count."""
-    assert f.marks is not None
+    compared = f.marks
+    assert compared is not None
     columns = pl.ds(j * f.blocks.block_kv, f.blocks.block_kv)
-    rows = [g.kv_marks.at[row, i, columns] for i in range(f.marks.key_rows)]
+    rows = [g.kv_marks.at[row, i, columns] for i in range(compared.key_rows)]
     kv_marks = tuple(registers(x, _COLUMNS) for x in rows)
     shape = (f.rows, f.blocks.block_kv)
-    return lambda: visible(f.marks, q_marks, kv_marks, shape)
+    return lambda: visible(compared, q_marks, kv_marks, shape)
 
 
 def _start(f: Forward, g: Refs, mine: Any) -> tuple[Array, Array]:

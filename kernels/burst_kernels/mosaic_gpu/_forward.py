@@ -87,6 +87,7 @@ def tile_forward(
         active = mask.keys_of_queries()
         refs |= {"q_marks": mask.q, "kv_marks": mask.kv}
         refs |= {"active": active.blocks, "counts": active.counts}
+        refs |= {"order": active.heaviest_first()}
     if onto is not None:
         out, lse = onto
         refs |= {"before_out": whole(whole(out, 2, blocks.block_q), 3, 64)}
@@ -125,7 +126,8 @@ def _call(f: Forward, refs: dict[str, Array]) -> tuple[Array, Array]:
 def _scratch(f: Forward) -> dict[str, Any]:
     """Shared memory and barriers."""
     # 8 rows of 128 bytes: what wgmma reads and TMA writes without bank conflicts.
-    layout = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    tiling = plgpu.TilingTransform((_TILE, 64))  # pyright: ignore[reportAbstractUsage]
+    layout = (tiling, plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
     stages, block_kv = f.blocks.stages, f.blocks.block_kv
 
     def buffer(*shape: int) -> Any:
@@ -152,6 +154,7 @@ def _kernel(f: Forward, g: Refs, **scratch: Any) -> None:
     if f.marks is None:
         full = total = jnp.int32(f.num_kv)
     else:
+        block = scalar(g.order, row, block)
         full, total = (scalar(g.counts, row, block, i) for i in (0, 1))
 
     @pl.when(warpgroup == ATTENDING)
