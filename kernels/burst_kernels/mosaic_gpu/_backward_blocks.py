@@ -5,6 +5,7 @@ warpgroup, for all G query heads of the kv head. How two computing warpgroups sh
 with the head dim: `_backward_kv` and `_backward_wide`.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -211,19 +212,43 @@ def call(
             compute(here, x, dq, dk, dv, s, scratch)
 
     shape = (c.batch, c.kv_heads, c.s)
-    dk, dv = plgpu.kernel(
+    return _launch(
         kernel,
-        out_type=[out_type((*shape, c.H)), out_type((*shape, c.Hv))],
-        scratch_types=[Places.of(c), scratch],
+        [Places.of(c), scratch],
+        [out_type((*shape, c.H)), out_type((*shape, c.Hv))],
         # Blocks of one head lie side by side in time: what they read is then in the L2 cache.
         grid=(c.s // c.block_kv, c.kv_heads, c.batch),
         grid_names=("block", "head", "batch"),
         num_threads=WARPGROUPS + 1,
         thread_name="wg",
         kernel_name="burst_backward",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
     )(operands, dq)
-    return dk, dv
+
+
+def _launch(
+    body: Callable[..., None], scratch: list[Any], out_type: list[Any], **mesh: Any
+) -> Callable[[Operands, Any], tuple[jax.Array, jax.Array]]:
+    params = plgpu.CompilerParams(approx_math=True)
+    if jax.__version_info__ >= (0, 11):
+        run = plgpu.kernel(
+            body, out_type=out_type, scratch_types=scratch, compiler_params=params, **mesh
+        )
+    else:
+        # There plgpu.kernel takes no Ref, for the sake of vmap: this is what it calls.
+        def scoped(*refs: Any) -> None:
+            inside = functools.partial(body, *refs)
+            pl.run_scoped(inside, *scratch, collective_axes=mesh["thread_name"])
+
+        run = pl.kernel(
+            scoped, out_type=out_type, mesh=plgpu.Mesh(**mesh), compiler_params=params,
+            name=mesh["kernel_name"],
+        )  # fmt: skip
+
+    def results(operands: Operands, dq: Any) -> tuple[jax.Array, jax.Array]:
+        dk, dv = run(operands, dq)
+        return dk, dv
+
+    return results
 
 
 def tiled(dtype: Any, *shape: int) -> Any:
