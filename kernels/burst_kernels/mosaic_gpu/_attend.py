@@ -219,25 +219,26 @@ def _visit_kernel(
     plgpu.barrier_wait(ring.v_ready.at[before])
     plgpu.barrier_wait(ring.turn.at[ring.me])
 
-    def products(acc: Any) -> Any:
-        plgpu.wgmma(acc, q, ring.k_smem.at[slot].transpose((1, 0)))
-        out = found.out * lax.broadcast_in_dim(found.shrink, found.out.shape, (0,))
+    def step(refs: tuple[Any, ...]) -> None:
+        out, *softmax = refs
 
-        def values(refs: tuple[Any, ...]) -> None:
-            out, *softmax = refs
+        def products(acc: Any) -> Array:
+            plgpu.wgmma(acc, q, ring.k_smem.at[slot].transpose((1, 0)))
             plgpu.wgmma(out, found.p, ring.v_smem.at[before])
             plgpu.barrier_arrive(ring.turn.at[1 - ring.me])
-            raw = plgpu.wgmma_accumulator_load(acc, wait_n=1)
-            raw = lax.optimization_barrier(raw)  # nothing is read before it is there
-            plgpu.barrier_arrive(ring.k_free.at[slot])
-            new = _softmax(f, raw, seen, found.maximum, found.total)
-            for ref, x in zip(softmax, new, strict=True):
-                ref[...] = x
+            return plgpu.wgmma_accumulator_load(acc, wait_n=1)
 
-        start = (found.maximum, found.total, found.shrink, jnp.zeros(shape, jnp.float32))
-        return pl.run_state(values)((_Accumulator.init(out), *start))
+        raw = pl.run_scoped(products, _Accumulator(shape, jnp.float32))
+        raw = lax.optimization_barrier(raw)  # nothing is read before it is there
+        plgpu.barrier_arrive(ring.k_free.at[slot])
+        new = _softmax(f, raw, seen, found.maximum, found.total)
+        for ref, x in zip(softmax, new, strict=True):
+            ref[...] = x
 
-    out, maximum, total, shrink, p = pl.run_scoped(products, _Accumulator(shape, jnp.float32))
+    shrunk = found.out * lax.broadcast_in_dim(found.shrink, found.out.shape, (0,))
+    softmax = (found.maximum, found.total, found.shrink, jnp.zeros(shape, jnp.float32))
+    state: Any = (_Accumulator.init(shrunk), *softmax)
+    out, maximum, total, shrink, p = pl.run_state(step)(state)
     plgpu.barrier_arrive(ring.v_free.at[before])
     return Found(maximum, total, out, shrink, p.astype(f.dtype))
 
