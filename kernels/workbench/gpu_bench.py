@@ -213,7 +213,7 @@ def _burst(
 def _peer(run: Run, q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> Callable[[], Any]:
     causal = run.mask == "causal"
     if run.backend == "tokamax":
-        import tokamax
+        import tokamax  # pyright: ignore[reportMissingImports]
 
         attend = functools.partial(
             tokamax.dot_product_attention, is_causal=causal, implementation="mosaic"
@@ -238,6 +238,7 @@ def seconds(call: Callable[[], Any], rounds: int) -> list[float]:
     times = []
     for _ in range(rounds):
         _, milliseconds = profiler.measure(call)()
+        assert milliseconds is not None, "a call that runs no kernel on the GPU"
         times.append(milliseconds / 1e3)
     return times
 

@@ -14,6 +14,7 @@ from burst_kernels.mosaic_gpu._active import BlockMask, block_mask, whole
 from burst_kernels.mosaic_gpu._backward_blocks import Cut, Operands
 from burst_kernels.mosaic_gpu._backward_kv import backward_kv
 from burst_kernels.mosaic_gpu._backward_wide import backward_wide
+from burst_kernels.mosaic_gpu._memory import varying_as
 from burst_kernels.mosaic_gpu._scores import Scores
 
 # Columns of 16-bit numbers in a row of swizzled shared memory.
@@ -144,13 +145,10 @@ def _call(c: Cut, x: Operands, like: Array) -> tuple[Array, Array, Array]:
     # XLA would pull a slice of an operand, or the writing of a result into a larger array, into one
     # operation with the kernel, and that operation no longer says that dq is changed in place.
     x = jax.lax.optimization_barrier(x)
-    # A kernel takes a Ref, but not one of a type that varies over mesh axes: the zeros do not, and
-    # what has been added to them is said to vary afterwards.
+    # A kernel takes no Ref of a type that varies over mesh axes; zeros do not.
     shape = (c.batch, c.kv_heads * c.heads_per_kv, c.t, c.H)
     dq_ref = jax.new_ref(jnp.zeros(shape, jnp.float32))
     run = backward_wide if c.wide else backward_kv
     dk, dv = run(c, x, dq_ref, out_type)
     dq, dk, dv = jax.lax.optimization_barrier((jax.freeze(dq_ref), dk, dv))
-    # jax 0.10 lets what passes a barrier vary alike.
-    axes = tuple(sorted(varying.varying - jax.typeof(dq).manual_axis_type.varying))
-    return jax.lax.pcast(dq, axes, to="varying") if axes else dq, dk, dv
+    return varying_as(dq, like), varying_as(dk, like), varying_as(dv, like)

@@ -158,13 +158,13 @@ class Visits(NamedTuple):
     """The pairs of blocks of one class that a CTA visits, each for all query heads.
 
     Attributes:
-        first, count: of the list of blocks.
+        first, number: of the list of blocks.
         before: visits made before these.
         masked: whether the mask is needed.
     """
 
     first: jax.Array
-    count: jax.Array
+    number: jax.Array
     before: jax.Array
     masked: bool
 
@@ -230,7 +230,7 @@ def _launch(
 ) -> Callable[[Operands, Any], tuple[jax.Array, jax.Array]]:
     params = plgpu.CompilerParams(approx_math=True)
     if jax.__version_info__ >= (0, 11):
-        run = plgpu.kernel(
+        run: Any = plgpu.kernel(
             body, out_type=out_type, scratch_types=scratch, compiler_params=params, **mesh
         )
     else:
@@ -254,8 +254,14 @@ def _launch(
 def tiled(dtype: Any, *shape: int) -> Any:
     """Shared memory as `wgmma` reads and TMA writes it without bank conflicts."""
     width = 128 // jnp.dtype(dtype).itemsize  # a swizzled row has 128 bytes
-    tiling = plgpu.TilingTransform((8, width))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(128)))
+    tiling = plgpu.TilingTransform((8, width))  # pyright: ignore[reportAbstractUsage]
+    swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
+
+
+def accumulator(columns: int) -> Any:
+    """Float32 sums of products of ROWS rows, in a warpgroup's registers."""
+    return plgpu.WGMMAAccumulatorRef((ROWS, columns), jnp.float32)
 
 
 def visits(c: Cut, here: Here, x: Operands) -> Iterator[Visits]:
@@ -272,7 +278,7 @@ def visits(c: Cut, here: Here, x: Operands) -> Iterator[Visits]:
 def each(c: Cut, some: Visits, body: Callable[[jax.Array, jax.Array], None]) -> None:
     """Runs `body(n, slot)` for every visit, n from 0; the slots of all visits go round."""
 
-    @pl.loop(jnp.zeros_like(some.count), some.count * c.heads_per_kv)
+    @pl.loop(jnp.zeros_like(some.number), some.number * c.heads_per_kv)
     def _(n):
         body(n, lax.rem(some.before + n, jnp.int32(c.stages)))
 
@@ -281,8 +287,8 @@ def target(
     c: Cut, here: Here, some: Visits, x: Operands, n: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Query head and block of queries of a visit."""
-    m = lax.rem(n, some.count)
-    head = here.kv_head * c.heads_per_kv + lax.div(n, some.count)
+    m = lax.rem(n, some.number)
+    head = here.kv_head * c.heads_per_kv + lax.div(n, some.number)
     return head, m if x.blocks is None else scalar(x.blocks, here.row, here.j, some.first + m)
 
 
@@ -332,7 +338,7 @@ def probabilities(
         assert c.marks is not None
         q = tuple(_of_queries(s.q_marks.at[slot, u]) for u in range(c.marks.query_rows))
         kv = tuple(registers(s.kv_marks.at[w, keys], _KEYS) for w in range(c.marks.key_rows))
-        seen = visible(c.marks, q, kv, scores.shape, q_axis=1)
+        seen = visible(c.marks, q, kv, (scores.shape[0], c.block_q), q_axis=1)
         scores = jnp.where(seen, scores, -jnp.inf)
     return c.scores.probability(scores, _of_queries(s.bound.at[slot]), axis=1), slope
 

@@ -39,6 +39,7 @@ from burst_kernels.mosaic_gpu._backward_blocks import (
     Operands,
     Places,
     Visits,
+    accumulator,
     call,
     each,
     probabilities,
@@ -79,8 +80,7 @@ def backward_kv(
                 _visit_queries(c, here, some, x, s, scratch, (dq, dk_acc, dv_acc))
             return dk_acc[...], dv_acc[...]
 
-        accumulators = (plgpu.ACC((ROWS, width), jnp.float32) for width in (c.H, c.Hv))
-        dk_sum, dv_sum = pl.run_scoped(accumulate, *accumulators)
+        dk_sum, dv_sum = pl.run_scoped(accumulate, accumulator(c.H), accumulator(c.Hv))
         keys = pl.ds(here.j * c.block_kv + here.wg * ROWS, ROWS)
         store(here, keys, unscaled(c, x, dk_sum), x.dk, dk)
         store(here, keys, dv_sum, x.dv, dv)
@@ -122,7 +122,8 @@ def _visit_queries(
         plgpu.barrier_wait(s.loaded.at[slot])
         p, ds = pl.run_scoped(
             lambda *accs: _scores(c, mine, some.masked, slot, x, s, *accs),
-            *[plgpu.ACC((ROWS, c.block_q), jnp.float32)] * 2,
+            accumulator(c.block_q),
+            accumulator(c.block_q),
         )
         # Two places for ds, so that the other warpgroup may still be reading the last one.
         place = scratch.ds.at[lax.rem(some.before + n, jnp.int32(2))]
@@ -135,7 +136,7 @@ def _visit_queries(
         plgpu.barrier_wait(scratch.exchanged)
         part = pl.run_scoped(
             lambda acc: _query_gradients(c, here, place, s, acc),
-            plgpu.ACC((ROWS, _dq_columns(c)), jnp.float32),
+            accumulator(_dq_columns(c)),
         )
         plgpu.barrier_arrive(s.consumed.at[slot])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -34,6 +34,7 @@ from burst_kernels.mosaic_gpu._backward_blocks import (
     Operands,
     Places,
     Visits,
+    accumulator,
     call,
     each,
     probabilities,
@@ -83,7 +84,7 @@ def backward_wide(
                     visit(c, here, some, x, s, scratch, acc, *more)
                 return acc[...]
 
-            return pl.run_scoped(accumulate, plgpu.ACC((ROWS, width), jnp.float32))
+            return pl.run_scoped(accumulate, accumulator(width))
 
         @pl.when(here.wg == 0)
         def _values():
@@ -113,7 +114,7 @@ def _visit_for_values(
             plgpu.wgmma(acc, s.k, s.q.at[slot].transpose((1, 0)))
             return acc[...]
 
-        raw = pl.run_scoped(scores, plgpu.ACC((ROWS, c.block_q), jnp.float32))
+        raw = pl.run_scoped(scores, accumulator(c.block_q))
         p, _ = probabilities(c, raw, some.masked, _ALL, slot, s)
         plgpu.wgmma(dv_acc, p.astype(c.dtype), s.do.at[slot])
         head, i = target(c, here, some, x, n)
@@ -121,7 +122,7 @@ def _visit_for_values(
         for start in range(0, c.H, _COLUMNS):
             part = pl.run_scoped(
                 lambda acc, start=start: _query_gradients(start, s, scratch, acc),
-                plgpu.ACC((ROWS, _COLUMNS), jnp.float32),
+                accumulator(_COLUMNS),
             )
             part = unscaled(c, x, part)
             for half in range(_COLUMNS // _WRITTEN):
@@ -158,8 +159,7 @@ def _visit_for_gradients(
             p, slope = probabilities(c, raw, some.masked, _ALL, slot, s)
             return score_gradients(p, slope, dp_acc[...], x, slot, s).astype(c.dtype)
 
-        accumulators = [plgpu.ACC((ROWS, c.block_q), jnp.float32)] * 2
-        ds = pl.run_scoped(score_gradient, *accumulators)
+        ds = pl.run_scoped(score_gradient, accumulator(c.block_q), accumulator(c.block_q))
 
         @pl.when(some.before + n > 0)
         def _():

@@ -40,7 +40,7 @@ from burst_kernels._tile import Tile
 from burst_kernels.mosaic_gpu._active import block_mask, whole
 from burst_kernels.mosaic_gpu._attend import Forward, Refs, attend
 from burst_kernels.mosaic_gpu._config import ATTENDING, blocks_of, configure, problem_of, refuses
-from burst_kernels.mosaic_gpu._memory import scalar
+from burst_kernels.mosaic_gpu._memory import scalar, varying_as
 from burst_kernels.mosaic_gpu._scores import Scores
 
 # Registers of a thread, of 65536 / 384 = 168 each as launched: what FlashAttention-3 gives them.
@@ -120,7 +120,7 @@ def _call(f: Forward, refs: dict[str, Array]) -> tuple[Array, Array]:
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*refs.values())
-    return out, lse
+    return varying_as(out, refs["q"]), varying_as(lse, refs["q"])
 
 
 def _scratch(f: Forward) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What kernels read from global memory without shared memory in between, on every release of jax.
+"""Global memory of a kernel, on every release of jax: reads without shared memory, and types.
 
 What is read has the type of its array, mesh axes that it varies over included; what is computed in
 a kernel has none of these, and a loop's carry must not change its type. Hence + 0 and * 1 below,
@@ -8,6 +8,7 @@ which no compiler keeps.
 import inspect
 from typing import Any
 
+import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -25,3 +26,13 @@ def registers(ref: Any, layout: Any) -> Array:
     """An array, each thread its part of `layout`."""
     x = plgpu.load(ref, *_INDEX, layout=layout, optimized=False)
     return x * jnp.ones((), x.dtype)
+
+
+def varying_as(x: Array, like: Array) -> Array:
+    """x, of a type that varies over the mesh axes that the type of `like` varies over.
+
+    What a kernel gives does not on some releases of jax, whatever type its results were declared
+    with; and then gradients through a `shard_map` would be summed over devices.
+    """
+    axes = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
