@@ -235,12 +235,14 @@ def _launch(
         )
     else:
         # There plgpu.kernel takes no Ref, for the sake of vmap: this is what it calls.
+        ctas = vars(plgpu)["Mesh"](**mesh)  # by name: a mesh of CTAs, this package knows no other
+
         def scoped(*refs: Any) -> None:
             inside = functools.partial(body, *refs)
             pl.run_scoped(inside, *scratch, collective_axes=mesh["thread_name"])
 
         run = pl.kernel(
-            scoped, out_type=out_type, mesh=plgpu.Mesh(**mesh), compiler_params=params,
+            scoped, out_type=out_type, mesh=ctas, compiler_params=params,
             name=mesh["kernel_name"],
         )  # fmt: skip
 
