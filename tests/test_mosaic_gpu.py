@@ -55,7 +55,7 @@ def positions(rng: np.random.Generator, rows: int, n: int, late: bool) -> jax.Ar
 
 
 @hypothesis.given(st.data())
-@hypothesis.settings(max_examples=25)
+@hypothesis.settings(max_examples=12)
 def test_lists_of_blocks_and_marks_of_tokens_are_the_mask(data):
     draw = data.draw
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
