@@ -20,6 +20,7 @@ class TileConfig:
         block_compute_backward: `block_compute` of its backward.
         fused_backward: whether one kernel of that backend makes dq, dk and dv from one pass over
             the scores, or one makes dk and dv and another dq.
+        stages: blocks of keys that the `mosaic_gpu` backend has on their way or in use at once.
         kv_heads: kv heads that one step of the `xla` backend computes together.
         chip: name of the chip to compile for, see `burst_kernels.CHIPS`; None: the mesh's, or
             that of JAX's default device.
@@ -37,6 +38,7 @@ class TileConfig:
     block_kv_backward: int | None = None
     block_compute_backward: int | None = None
     fused_backward: bool | None = None
+    stages: int | None = None
     kv_heads: int | None = None
     chip: str | None = None
     interpret: bool = False

@@ -27,11 +27,13 @@ class Backend:
             `configure(problem, chip's name, config)`, the config with its open fields filled in,
             or a ValueError where what is given does not fit.
         unavailable: (chip) -> why that chip cannot run it, in a sentence, or None.
+        fields: of `TileConfig` that mean something to it, besides `chip` and `interpret`.
         interpreted: whether `TileConfig(interpret=True)` runs it on a CPU.
     """
 
     module: str
     unavailable: Callable[[Chip], str | None]
+    fields: tuple[str, ...]
     interpreted: bool = False
 
     def load(self) -> ModuleType:
@@ -69,10 +71,33 @@ def _no_tpu(chip: Chip) -> str | None:
     return None
 
 
+def _no_hopper(chip: Chip) -> str | None:
+    if chip.platform != "gpu":
+        return f"it is for NVIDIA Hopper GPUs, and {chip.name} is none."
+    return importlib.import_module("burst_kernels.mosaic_gpu").unavailable(chip.name)
+
+
 # In order of preference. The chip kernels come before `xla`, which runs anywhere.
 BACKENDS: dict[str, Backend] = {
-    "mosaic_tpu": Backend("burst_kernels.mosaic_tpu", _no_tpu, interpreted=True),
-    "xla": Backend("burst_kernels.xla", lambda chip: None),
+    "mosaic_tpu": Backend(
+        "burst_kernels.mosaic_tpu",
+        _no_tpu,
+        (
+            "block_q",
+            "block_kv",
+            "block_compute",
+            "block_compute_q",
+            "block_q_backward",
+            "block_kv_backward",
+            "block_compute_backward",
+            "fused_backward",
+        ),
+        interpreted=True,
+    ),
+    "mosaic_gpu": Backend(
+        "burst_kernels.mosaic_gpu", _no_hopper, ("block_q", "block_kv", "stages")
+    ),
+    "xla": Backend("burst_kernels.xla", lambda chip: None, ("block_q", "block_kv", "kv_heads")),
 }
 
 
@@ -122,6 +147,7 @@ def select(
         listed = " ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise ValueError(f"no tile backend can compute this on {chip.name!r}. {listed}")
     name = implementation or usable[0]
+    _check_fields(name, config)
     if chip.name in CHIPS:
         config = dataclasses.replace(config, chip=chip.name)
     return Chosen(name, BACKENDS[name].load().configure(problem, chip.name, config))
@@ -138,6 +164,17 @@ def _chip(here: Chip, config: TileConfig) -> Chip:
             "out, or give interpret=True to run that chip's kernel by the interpreter."
         )
     return chip
+
+
+def _check_fields(name: str, config: TileConfig) -> None:
+    known = (*BACKENDS[name].fields, "chip", "interpret")
+    for field in dataclasses.fields(config):
+        if field.name not in known and getattr(config, field.name) is not None:
+            raise ValueError(
+                f"TileConfig.{field.name} means nothing to the {name!r} tiles, which would compute "
+                f"this; they take {', '.join(BACKENDS[name].fields)}. Leave it out, or name another "
+                "implementation."
+            )
 
 
 def _why_not(backend: Backend, problem: Problem, chip: Chip, config: TileConfig) -> str | None:

@@ -1,0 +1,38 @@
+"""Global memory of a kernel, on every release of jax: reads without shared memory, and types.
+
+What is read has the type of its array, mesh axes that it varies over included; what is computed in
+a kernel has none of these, and a loop's carry must not change its type. Hence + 0 and * 1 below,
+which no compiler keeps.
+"""
+
+import inspect
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jaxtyping import Array
+
+# jax 0.10 takes an index beside the reference.
+_INDEX = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+
+
+def scalar(ref: Any, *index: Array | int) -> Array:
+    """An integer, the same for all threads."""
+    return ref[index] + jnp.int32(0)
+
+
+def registers(ref: Any, layout: Any) -> Array:
+    """An array, each thread its part of `layout`."""
+    x = plgpu.load(ref, *_INDEX, layout=layout, optimized=False)
+    return x * jnp.ones((), x.dtype)
+
+
+def varying_as(x: Array, like: Array) -> Array:
+    """x, of a type that varies over the mesh axes that the type of `like` varies over.
+
+    What a kernel gives does not on some releases of jax, whatever type its results were declared
+    with; and then gradients through a `shard_map` would be summed over devices.
+    """
+    axes = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x

@@ -1,0 +1,411 @@
+"""The Hopper forward tile: numbers by emulation on CPU or on the GPU itself, and compilation.
+
+`tests/gpu_emulation.py` says what an emulation shows and what it does not.
+"""
+
+import dataclasses
+import importlib.util
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gpu_emulation
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+
+import burst_jax.aot
+from burst_kernels import CHIPS, FULL, PARTIAL, Tile, TileConfig, mosaic_gpu
+from burst_kernels._problem import Problem
+from burst_kernels._tile import visible
+from burst_kernels.mosaic_gpu import _active
+
+HOPPER = TileConfig(chip="sm_90")
+
+# Every case runs emulated; on a machine with a Hopper GPU also for real.
+WHERE = [
+    pytest.param(
+        "emulated",
+        marks=pytest.mark.skipif(
+            gpu_emulation.UNAVAILABLE is not None, reason=str(gpu_emulation.UNAVAILABLE)
+        ),
+    ),
+    pytest.param("gpu", marks=pytest.mark.gpu),
+]
+COMPILER = pytest.mark.skipif(
+    not (importlib.util.find_spec("jax_cuda13_plugin") and shutil.which("ptxas")),
+    reason="needs jax-cuda13-plugin and jax-cuda13-pjrt of jax's version, and ptxas on the PATH",
+)
+
+
+# The mask as lists of blocks and marks of tokens.
+
+
+def positions(rng: np.random.Generator, rows: int, n: int, late: bool) -> jax.Array:
+    """In ascending order, some of them padding, if `late` some of the greatest there are."""
+    p = np.sort(rng.integers(-2, 40, (rows, n)), -1)
+    return jnp.asarray(np.where(late & (p > 20), 2**31 - 2 - p, p), jnp.int32)
+
+
+@hypothesis.given(st.data())
+@hypothesis.settings(max_examples=12)
+def test_lists_of_blocks_and_marks_of_tokens_are_the_mask(data):
+    draw = data.draw
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    # Few sizes, since each compiles anew.
+    t, s = draw(st.sampled_from((1, 13, 40))), draw(st.sampled_from((5, 64)))
+    block_q, block_kv = draw(st.sampled_from((4, 13))), draw(st.sampled_from((1, 8)))
+    rows, kinds, placed = draw(st.integers(1, 2)), draw(st.integers(0, 2)), draw(st.booleans())
+    late = draw(st.booleans())
+
+    def ids(n: int) -> jax.Array:
+        return jnp.asarray(np.sort(rng.integers(0, 4, (kinds, rows, n)), -1), jnp.int32)
+
+    tile = Tile(
+        scale=1.0,
+        left=draw(st.sampled_from((None, 0, 3, 2**31 - 1))) if placed else None,
+        right=draw(st.sampled_from((None, 0, 4, 2**31 - 1))) if placed else None,
+        q_positions=positions(rng, rows, t, late) if placed else None,
+        kv_positions=positions(rng, rows, s, late) if placed else None,
+        q_segments=ids(t) if kinds else None,
+        kv_segments=ids(s) if kinds else None,
+    )
+    want = np.asarray(visible(tile.queries(t), tile.keys(s), tile))
+    mask = _active.block_mask(tile, t, s, block_q, block_kv, like=jnp.zeros(1))
+    if mask is None:
+        assert want.all()
+        return
+    lists = ((mask.keys_of_queries(), 0), (mask.queries_of_keys(), 1))
+    for active, q_axis in lists:
+        got = pairs_visited(mask, active, block_q, block_kv, q_axis)
+        assert np.array_equal(got[:, :t, :s], np.broadcast_to(want, got[:, :t, :s].shape))
+        assert not got[:, :t, s:].any(), "keys beyond the last are padding"
+
+
+def pairs_visited(
+    mask: _active.BlockMask, active: _active.Active, block_q: int, block_kv: int, q_axis: int
+) -> np.ndarray:
+    """Which pairs of tokens a kernel lets through, [b, t_, s_]."""
+    marks, classes, blocks = (np.asarray(x) for x in (mask.q, mask.classes, active.blocks))
+    got = np.zeros((marks.shape[0], marks.shape[2], mask.kv.shape[2]), bool)
+    shape = got.shape[1:] if q_axis == 0 else got.shape[:0:-1]
+    compared = [
+        np.asarray(_active.visible(mask.marks, tuple(q), tuple(kv), shape, q_axis))
+        for q, kv in zip(mask.q, mask.kv, strict=True)
+    ]
+    for (row, mine), (full, total) in zip(
+        np.ndindex(active.counts.shape[:2]), active.counts.reshape(-1, 2).tolist(), strict=True
+    ):
+        for n, other in enumerate(blocks[row, mine, :total]):
+            i, j = (mine, other) if q_axis == 0 else (other, mine)
+            at = np.s_[i * block_q : (i + 1) * block_q, j * block_kv : (j + 1) * block_kv]
+            assert classes[row, i, j] == (FULL if n < full else PARTIAL)
+            assert not got[row][at].any(), "a pair is visited once"
+            seen = compared[row] if q_axis == 0 else compared[row].T
+            got[row][at] = n < full or seen[at]
+    return got
+
+
+def test_a_causal_square_visits_its_lower_half_and_masks_its_diagonal():
+    n, block = 64, 8
+    p = jnp.arange(n, dtype=jnp.int32)[None]
+    tile = Tile(scale=1.0, right=0, q_positions=p, kv_positions=p)
+    mask = _active.block_mask(tile, n, n, block, block, like=p)
+    counts = np.asarray(mask.keys_of_queries().counts[0])
+    assert counts.tolist() == [[i, i + 1] for i in range(n // block)]
+    assert mask.keys_of_queries().heaviest_first()[0].tolist() == list(range(n // block))[::-1]
+    # Queries that fill up a block turn nothing into PARTIAL.
+    p_short = p[:, : n - 3]
+    tile = dataclasses.replace(tile, q_positions=p_short)
+    short = _active.block_mask(tile, n - 3, n, block, block, like=p)
+    assert np.array_equal(short.keys_of_queries().counts[0], counts)
+
+
+# Numbers.
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One tile; positions by functions of the number of tokens, rows first."""
+
+    name: str
+    t: int = 128
+    s: int = 128
+    B: int = 1
+    N: int = 1
+    K: int = 1
+    H: int = 64
+    Hv: int = 64
+    q_positions: Callable[[int], np.ndarray] | None = None
+    kv_positions: Callable[[int], np.ndarray] | None = None
+    left: int | None = None
+    right: int | None = None
+    kinds: int = 0
+    cap: float | None = None
+    scale: float = 0.1
+    dtype: Any = jnp.bfloat16
+    config: TileConfig = HOPPER
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def start(first: int) -> Callable[[int], np.ndarray]:
+    return lambda n: (first + np.arange(n))[None]
+
+
+def zigzag(n: int) -> np.ndarray:
+    return np.concatenate((np.arange(n // 2), 3 * n // 2 + np.arange(n // 2)))[None]
+
+
+def of_each_row(n: int) -> np.ndarray:
+    return np.stack([np.arange(n) * 2, oracle.permutation(n) - n // 4])
+
+
+CAUSAL = Case("causal, four query heads to two kv heads, wide heads", t=192, s=256, N=4, K=2, H=128,
+              Hv=128, q_positions=start(40), kv_positions=start(0), right=0)  # fmt: skip
+CASES = (
+    Case("nothing is masked, more keys than the ring holds", s=640),
+    CAUSAL,
+    Case("zigzag shards, float16", t=256, s=256, q_positions=zigzag, kv_positions=zigzag, right=0,
+         dtype=jnp.float16),
+    Case("the greatest head dim", H=256, Hv=256, s=192, q_positions=start(60), right=0,
+         kv_positions=start(0)),
+    Case("one query, one key", t=1, s=1),
+    Case("neither tokens nor head dims fill a block", t=130, s=75, H=40, Hv=80),
+    Case("window, with a soft cap", t=256, q_positions=start(64), kv_positions=start(0),
+         left=60, right=4, cap=2.0, config=TileConfig(chip="sm_90", block_kv=64, stages=3)),
+    Case("two kinds of documents, positions and padding of each row", B=2, t=140, kinds=2,
+         q_positions=of_each_row, kv_positions=of_each_row, left=90),
+    Case("keys are all after the queries", q_positions=start(0), kv_positions=start(500), right=0),
+    Case("scores of hundreds", scale=9.0, q_positions=start(0), kv_positions=start(0), right=0),
+    Case("256 queries a block", t=256, s=256, q_positions=start(0), kv_positions=start(0), right=0,
+         config=TileConfig(chip="sm_90", block_q=256, block_kv=64)),
+)  # fmt: skip
+
+
+def made(case: Case) -> tuple[Tile, np.ndarray]:
+    """The tile, and which of its pairs count, [b, t, s]."""
+    seen = np.ones((1, case.t, case.s), bool)
+    fields: dict[str, Any] = {}
+    if case.q_positions is not None:
+        q, kv = case.q_positions(case.t), case.kv_positions(case.s)
+        fields |= dict(
+            q_positions=jnp.asarray(q, jnp.int32), kv_positions=jnp.asarray(kv, jnp.int32)
+        )
+        q, kv = q[:, :, None], kv[:, None, :]
+        seen = seen & (q >= 0) & (kv >= 0)
+        seen = seen & ((case.right is None) | (kv - q <= (case.right or 0)))
+        seen = seen & ((case.left is None) | (q - kv <= (case.left or 0)))
+    if case.kinds:
+        rng = oracle.generator(case.name)
+        q, kv = (
+            np.sort(rng.integers(0, 3, (case.kinds, 2, n)), -1).astype(np.int32)
+            for n in (case.t, case.s)
+        )
+        fields |= dict(q_segments=jnp.asarray(q), kv_segments=jnp.asarray(kv))
+        seen = seen & (q[:, :, :, None] == kv[:, :, None, :]).all(0)
+    tile = Tile(
+        scale=case.scale, logits_soft_cap=case.cap, left=case.left, right=case.right, **fields
+    )
+    return tile, seen
+
+
+def operands(case: Case) -> oracle.Inputs:
+    return oracle.inputs(
+        case.name, T=case.t, S=case.s, B=case.B, N=case.N, K=case.K, H=case.H, Hv=case.Hv,
+        dtype=case.dtype,
+    )  # fmt: skip
+
+
+def turned(x: Any) -> Any:
+    """Tokens before heads, or heads before tokens."""
+    return jax.tree.map(lambda a: jnp.swapaxes(jnp.asarray(a), 1, 2), x)
+
+
+def run(where: str, case: Case, tile: Tile, x: oracle.Inputs, onto: Any = None) -> list[np.ndarray]:
+    """out and lse of the Hopper tile."""
+
+    def call() -> list[np.ndarray]:
+        forward = jax.jit(mosaic_gpu.tile_forward, static_argnames="config")
+        found = forward(*turned(x[:3]), tile, config=case.config, onto=turned(onto))
+        return [np.asarray(a) for a in turned(found)]
+
+    if where == "gpu":
+        return call()
+    with gpu_emulation.emulated():
+        return call()
+
+
+def in_one_piece(case: Case, x: oracle.Inputs, seen: np.ndarray) -> np.ndarray:
+    """Plain attention in the inputs' dtype, its probabilities rounded to it: what a user has."""
+    q, k, v = (jnp.asarray(a) for a in x[:3])
+    k, v = (jnp.repeat(a, case.N // case.K, axis=2) for a in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * case.scale
+    if case.cap is not None:
+        scores = case.cap * jnp.tanh(scores / case.cap)
+    p = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1, where=seen[:, None])
+    return np.asarray(jnp.einsum("bnts,bsnh->btnh", p.astype(case.dtype), v), np.float64)
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_out_and_lse_are_those_of_attention(case, where):
+    tile, seen = made(case)
+    x = operands(case)
+    want = oracle.dense(x, seen, scale=case.scale, logits_soft_cap=case.cap)
+    out, lse = run(where, case, tile, x)
+    assert out.dtype == lse.dtype == np.float32
+    # lse is a sum of exact products; out multiplies probabilities rounded to the operands' dtype.
+    assert oracle.error(lse, want.lse) < 1e-5
+    assert oracle.error(out, want.out) < float(jnp.finfo(case.dtype).eps)
+    plain = oracle.norm_error(in_one_piece(case, x, seen), want.out) if seen.any() else 0.0
+    assert oracle.norm_error(out, want.out) <= 2 * plain + 1e-6
+    nothing = ~np.broadcast_to(seen, (case.B, case.t, case.s)).any(-1)
+    assert not out[nothing].any() and np.isneginf(lse[nothing]).all()
+    assert seen.any() == np.isfinite(lse).any(), "the case shows something"
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("case", [CAUSAL, CASES[5], CASES[7], CASES[8]], ids=str)
+def test_what_was_found_before_is_merged_with(case, where):
+    tile, seen = made(case)
+    x = operands(case)
+    own = oracle.dense(x, seen, scale=case.scale, logits_soft_cap=case.cap)
+    rng = oracle.generator(case.name + " before")
+    out = rng.normal(size=own.out.shape).astype(np.float32)
+    lse = rng.normal(size=own.lse.shape, scale=3).astype(np.float32)
+    nothing = np.arange(case.t) % 5 == 0  # rows that saw nothing before
+    out[:, nothing], lse[:, nothing] = 0.0, -np.inf
+    got_out, got_lse = run(where, case, tile, x, (out, lse))
+    want_lse = np.logaddexp(lse.astype(np.float64), own.lse)
+    finite = np.where(np.isneginf(want_lse), 0.0, want_lse)
+    shares = [np.exp(a - finite)[..., None] for a in (lse.astype(np.float64), own.lse)]
+    want_out = shares[0] * out + shares[1] * own.out
+    assert oracle.error(got_lse, want_lse) < 1e-5
+    assert oracle.error(got_out, want_out) < float(jnp.finfo(case.dtype).eps)
+    assert np.array_equal(np.isneginf(got_lse), np.isneginf(want_lse))
+
+
+# Compilation.
+
+
+def compiled(case: Case, onto: bool) -> jax.stages.Compiled:
+    """The program of eight H100, each with this tile on its shard."""
+    mesh = burst_jax.aot.mesh_for("h100:8")
+    spec = PartitionSpec("sp")
+
+    def shaped(*shape: int, dtype: Any = case.dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            (8 * shape[0], *shape[1:]), dtype, sharding=NamedSharding(mesh, spec)
+        )
+
+    tile, _ = made(case)
+    q = shaped(case.B, case.N, case.t, case.H)
+    k, v = (shaped(case.B, case.K, case.s, h) for h in (case.H, case.Hv))
+    out = shaped(case.B, case.N, case.t, case.Hv, dtype=jnp.float32)
+    given = (out, shaped(case.B, case.N, case.t, dtype=jnp.float32)) if onto else None
+    # Positions and ids come from the device, as in a ring: a constant would vary over no axis.
+    fields = ("q_positions", "kv_positions", "q_segments", "kv_segments")
+    arrays = [a for name in fields if (a := getattr(tile, name)) is not None]
+    names = [name for name in fields if getattr(tile, name) is not None]
+    marks = [shaped(*a.shape, dtype=jnp.int32) for a in arrays]
+
+    def local(q, k, v, marks, given):
+        own = dataclasses.replace(tile, **dict(zip(names, marks, strict=True)))
+        return mosaic_gpu.tile_forward(q, k, v, own, case.config, given)
+
+    call = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=True)
+    return burst_jax.aot.compile_for("h100:8", call, q, k, v, marks, given)
+
+
+KINDS = {
+    "no mask": dict(),
+    "causal window": dict(q_positions=start(100), kv_positions=start(0), left=300, right=0),
+    "documents": dict(kinds=1, B=2),
+}
+
+
+@COMPILER
+@pytest.mark.slow
+@pytest.mark.parametrize("onto", [False, True], ids=["alone", "merged"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("H", [64, 128, 192, 256])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_compiles_for_hopper_and_keeps_its_registers(
+    kind, H, dtype, onto, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    case = Case(f"{kind} {H} {onto}", t=512, s=512, N=2, H=H, Hv=H, dtype=dtype, **KINDS[kind])
+    assert "mosaic_gpu" in compiled(case, onto).as_text()
+    report = "".join(Path(p).read_text() for p in tmp_path.glob("*.ptxas"))
+    assert "sm_90a" in report
+    assert "Potential Performance Loss" not in report, "wgmma is serialized"
+    spilled = [int(line.split(" bytes spill stores")[0].split()[-1])
+               for line in report.splitlines() if " bytes spill stores" in line]  # fmt: skip
+    # A word or two around the loops, where what was found before is read.
+    assert spilled and max(spilled) <= 16
+
+
+# What it refuses.
+
+
+def problem(**changes: Any) -> Problem:
+    sizes = dict(B=1, t=64, s=64, N=4, K=2, H=64, Hv=64, dtype=jnp.bfloat16)
+    return Problem(**(sizes | changes))
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_it_is_for_hopper_alone_and_says_what_else_there_is(chip):
+    reason = mosaic_gpu.refuses(problem(), chip)
+    assert (reason is None) == (chip == "sm_90")
+    assert mosaic_gpu.unavailable(chip) == reason
+    if chip.startswith("sm_") and reason:
+        assert chip in reason and "`xla`" in reason and "sm_90" in reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        (dict(dtype=jnp.float32), r"TF32.*bfloat16 and float16.*implementation='xla'"),
+        (dict(dtype=jnp.float64), r"float64.*bfloat16 and float16.*implementation='xla'"),
+        (dict(H=320), r"over 256.*H=320, Hv=64.*implementation='xla'"),
+        (dict(Hv=257), r"over 256.*H=64, Hv=257"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_with_reason_and_remedy(changes, match):
+    assert re.search(match, mosaic_gpu.refuses(problem(**changes), "sm_90"))
+    p = problem(**changes)
+    q, k, v = (jnp.zeros((1, n, 64, h), p.dtype) for n, h in ((4, p.H), (2, p.H), (2, p.Hv)))
+    with pytest.raises(NotImplementedError, match=match):
+        mosaic_gpu.tile_forward(q, k, v, Tile(scale=1.0), HOPPER)
+
+
+@pytest.mark.parametrize("Hv", [1, 64, 80, 128, 192, 256])
+@pytest.mark.parametrize("H", [1, 64, 80, 128, 192, 256])
+def test_every_head_dim_has_block_sizes_that_fit(H, Hv):
+    config = mosaic_gpu.configure(problem(H=H, Hv=Hv), "sm_90", TileConfig())
+    assert config.block_q and config.block_kv and config.stages
+    assert mosaic_gpu.configure(problem(H=H, Hv=Hv), "sm_90", config) == config
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        (dict(block_q=64), r"block_q=64.*multiple of 128"),
+        (dict(block_kv=100), r"block_kv=100.*64, 128, 192 or 256"),
+        (dict(block_kv=256), r"registers.*These fit: .*\(128, 128, 2\)"),
+        (dict(stages=9), r"bytes of shared memory.*These fit: .*\(128, 128, 2\)"),
+    ],
+)
+def test_block_sizes_that_do_not_fit_are_refused_with_those_that_do(given, match):
+    with pytest.raises(ValueError, match=match):
+        mosaic_gpu.configure(problem(H=128, Hv=128), "sm_90", TileConfig(**given))
