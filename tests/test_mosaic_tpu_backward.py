@@ -12,10 +12,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 from test_tile_contract import CASES, Case, made, start
 
-from burst_kernels import Problem, TileConfig, mosaic_tpu, xla
+from burst_kernels import Problem, Tile, TileConfig, mosaic_tpu, xla
 from burst_kernels.mosaic_tpu import _accumulate, _backward
 from burst_kernels.mosaic_tpu._config import vmem_limit
 from burst_kernels.mosaic_tpu._config_backward import configure_backward, vmem_bytes_backward
+from workbench import tpu_programs
 
 CHIP = TileConfig(chip="v5e", interpret=True)
 FUSED = dataclasses.replace(CHIP, block_q=128, block_kv=128, fused_backward=True)
@@ -179,6 +180,19 @@ def test_lists_that_overflow_scalar_memory_are_walked_by_sequence(monkeypatch):
     got = backward(args, tile, FUSED, given)
     for name, a, b in zip(NAMES, got, truth(case, args, seen), strict=True):
         assert oracle.error(a, b + 1) < 1e-5, name
+
+
+@pytest.mark.aot
+def test_last_blocks_of_any_length_and_width_compile():
+    config = TileConfig(chip="v5e", fused_backward=True)
+    for t, H in ((999, 192), (13, 80), (1030, 256)):
+        q, k, row = (jax.ShapeDtypeStruct((1, 2, *n), jnp.float32) for n in ((t, H), (70, H), (t,)))
+        args = tpu_programs.on_one("v5e", q, k, k, q, row, row)
+
+        def run(*arrays):
+            return mosaic_tpu.tile_backward(*arrays, Tile(scale=0.1), config, arrays[:3])
+
+        assert "tpu_custom_call" in jax.jit(run).lower(*args).compile().as_text()
 
 
 # What is chosen, and what does not fit.

@@ -69,7 +69,8 @@ def tile_backward(
 
         @jax.custom_batching.sequential_vmap
         def fused(*leaves: Array) -> tuple[Array, ...]:
-            return by_keys(*jax.tree.unflatten(tree, leaves), g, config=config, with_dq=True)
+            x, tile = jax.tree.unflatten(tree, leaves)
+            return by_keys(x, tile, g, config=config, with_dq=True)
 
         dk, dv, dq = fused(*leaves)
         return dq, dk, dv
