@@ -25,8 +25,9 @@ USER_EXTRAS := plots train
 TEST_EXTRAS := plots test train
 
 # What the fast suite leaves out: the markers of pyproject.toml.
-FAST := not (slow or aot or tpu or gpu or peer)
-SLOW := (slow or peer) and not (aot or tpu or gpu)
+FAST := not (slow or kernel or aot or tpu or gpu or peer)
+SLOW := (slow or peer) and not (kernel or aot or tpu or gpu)
+KERNEL := kernel and not (aot or tpu or gpu)
 
 # Compile for chips that are not here: without these variables libtpu asks a cloud's metadata server
 # for a TPU, and lets only one process of the machine load it, and jax looks for CUDA's libraries.
@@ -34,7 +35,7 @@ AOT_ENVIRONMENT := JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 TPU_WORKER_HOSTNAMES=l
 	ALLOW_MULTIPLE_LIBTPU_LOAD=1 JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-aot lint format bench notebooks notebooks-check setup clean
+.PHONY: help demo test test-slow test-kernels test-aot lint format bench notebooks notebooks-check setup clean
 
 # $(call setup,extras[,environment])
 define setup
@@ -73,6 +74,10 @@ test:  ## the fast tests
 test-slow:  ## the slow tests, planted bugs and peers among them
 	$(call setup,$(TEST_EXTRAS) bench)
 	@$(call pytest,$(SLOW))
+
+test-kernels:  ## the kernels of TPUs and GPUs, interpreted on CPU (GPUs: with JAX=0.12 and its Python)
+	$(call setup,$(TEST_EXTRAS))
+	@$(call pytest,$(KERNEL))
 
 test-aot:  ## compile for TPUs and GPUs that are not here
 	$(call setup,$(TEST_EXTRAS) aot aot-gpu,$(VENV)-aot)

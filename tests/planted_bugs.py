@@ -41,8 +41,8 @@ BUGS = {
     ),
     "reuses what was here at hop 0 in the backward": Bug(
         "src/burst_jax/_ring.py",
-        "recast(message, own[0].dtype)",
-        "recast(message if queries.do is None else own, own[0].dtype)",
+        "arrived(message, travels, ring)",
+        "arrived(message if queries.do is None else own, travels, ring)",
     ),
     "takes the local lse for the global one": Bug(
         "src/burst_jax/_ring.py",

@@ -1,5 +1,6 @@
 """Whole multi-chip programs, compiled by the real TPU compiler: what its schedule hides."""
 
+import re
 import time
 
 import jax
@@ -10,12 +11,15 @@ import burst_jax as bj
 from burst_jax import aot
 
 
-def compiled(target: str, T: int, backward: str) -> jax.stages.Compiled:
-    """Forward and backward at 8 heads of 128, bfloat16, zigzag causal."""
+def compiled(target: str, T: int, backward: str, kv_heads: int = 8) -> jax.stages.Compiled:
+    """Forward and backward at 8 query heads of 128, bfloat16, zigzag causal."""
     mesh = aot.mesh_for(target)
     where = bj.SequenceSharding(mesh, layout="zigzag", length=T)
     spec = jax.NamedSharding(mesh, where.spec(4))
-    x = jax.ShapeDtypeStruct((1, T, 8, 128), jnp.bfloat16, sharding=spec)
+    q, k = (
+        jax.ShapeDtypeStruct((1, T, heads, 128), jnp.bfloat16, sharding=spec)
+        for heads in (8, kv_heads)
+    )
     plan = bj.Plan(backward=backward)
 
     def gradients(q, k, v, do):
@@ -24,7 +28,7 @@ def compiled(target: str, T: int, backward: str) -> jax.stages.Compiled:
 
         return jax.vjp(attention, q, k, v)[1](do)
 
-    return aot.compile_for(target, gradients, x, x, x, x)
+    return aot.compile_for(target, gradients, q, k, k, q)
 
 
 @pytest.mark.aot
@@ -64,6 +68,25 @@ def test_code_time_and_memory_do_not_grow_from_eight_to_sixty_four_chips(few, ma
     assert times_s[1] <= 2 * times_s[0], times_s
     if many.startswith("v5p"):  # libtpu makes the permutes of 8x8 chips synchronous
         assert bj.inspect.overlap(programs[1]).exposed == 0
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(("kv_heads", "side"), [(8, "q"), (2, "kv")])
+def test_on_eight_h100_every_transfer_hides_behind_a_tile(kv_heads, side):
+    program = compiled("h100:8", 128 * 1024, side, kv_heads)
+    assert "mosaic_gpu" in program.as_text(), "the chip's own kernels"
+    found = bj.inspect.overlap(program)
+    assert found.exposed == 0, found.exposed_names
+    assert found.hidden >= 6
+    # The ring's message is read where it lies: what the kernels take is no copy of a part of it.
+    assert not re.search(r"= bf16\[[\d,]*16384,128\]\S* slice\(", program.as_text())
+
+
+@pytest.mark.aot
+def test_on_four_nodes_of_eight_h100_too():
+    program = compiled("h100:32", 256 * 1024, "q")
+    assert "mosaic_gpu" in program.as_text()
+    assert bj.inspect.overlap(program).exposed == 0
 
 
 @pytest.mark.aot

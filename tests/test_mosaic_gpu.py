@@ -3,6 +3,7 @@
 `tests/gpu_emulation.py` says what an emulation shows and what it does not.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import re
@@ -33,9 +34,12 @@ HOPPER = TileConfig(chip="sm_90")
 WHERE = [
     pytest.param(
         "emulated",
-        marks=pytest.mark.skipif(
-            gpu_emulation.UNAVAILABLE is not None, reason=str(gpu_emulation.UNAVAILABLE)
-        ),
+        marks=[
+            pytest.mark.kernel,
+            pytest.mark.skipif(
+                gpu_emulation.UNAVAILABLE is not None, reason=str(gpu_emulation.UNAVAILABLE)
+            ),
+        ],
     ),
     pytest.param("gpu", marks=pytest.mark.gpu),
 ]
@@ -54,6 +58,7 @@ def positions(rng: np.random.Generator, rows: int, n: int, late: bool) -> jax.Ar
     return jnp.asarray(np.where(late & (p > 20), 2**31 - 2 - p, p), jnp.int32)
 
 
+@pytest.mark.kernel
 @hypothesis.given(st.data())
 @hypothesis.settings(max_examples=12)
 def test_lists_of_blocks_and_marks_of_tokens_are_the_mask(data):
@@ -294,6 +299,27 @@ def test_what_was_found_before_is_merged_with(case, where):
     assert np.array_equal(np.isneginf(got_lse), np.isneginf(want_lse))
 
 
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("s", [256, 200], ids=["read in place", "padded"])
+def test_keys_and_values_may_come_in_one_array(where, s):
+    case = Case("stacked", B=2, t=130, s=s, N=4, K=2, H=64, Hv=64, q_positions=start(100),
+                kv_positions=start(0), right=0)  # fmt: skip
+    tile, _ = made(case)
+    x = operands(case)
+    apart = run(where, case, tile, x)
+
+    def call() -> list[np.ndarray]:
+        q, k, v = turned(x[:3])
+        forward = jax.jit(mosaic_gpu.tile_forward, static_argnames="config")
+        found = forward(q, jnp.stack((k, v)), None, tile, config=case.config)
+        return [np.asarray(a) for a in turned(found)]
+
+    with contextlib.nullcontext() if where == "gpu" else gpu_emulation.emulated():
+        together = call()
+    for a, b in zip(apart, together, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 # Compilation.
 
 
@@ -333,11 +359,13 @@ KINDS = {
 }
 
 
+SIZES = [(64, jnp.bfloat16), (128, jnp.bfloat16), (128, jnp.float16), (256, jnp.bfloat16)]
+
+
 @COMPILER
-@pytest.mark.slow
+@pytest.mark.aot
 @pytest.mark.parametrize("onto", [False, True], ids=["alone", "merged"])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("H", [64, 128, 192, 256])
+@pytest.mark.parametrize(("H", "dtype"), SIZES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_compiles_for_hopper_and_keeps_its_registers(
     kind, H, dtype, onto, tmp_path, monkeypatch

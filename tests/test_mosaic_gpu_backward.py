@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import gpu_emulation
@@ -26,9 +27,12 @@ SCALE = 0.1
 WHERE = [
     pytest.param(
         "emulated",
-        marks=pytest.mark.skipif(
-            gpu_emulation.UNAVAILABLE is not None, reason=str(gpu_emulation.UNAVAILABLE)
-        ),
+        marks=[
+            pytest.mark.kernel,
+            pytest.mark.skipif(
+                gpu_emulation.UNAVAILABLE is not None, reason=str(gpu_emulation.UNAVAILABLE)
+            ),
+        ],
     ),
     pytest.param("gpu", marks=pytest.mark.gpu),
 ]
@@ -220,6 +224,28 @@ def test_gradients_are_added_to_those_that_are_given(some, where):
 
 
 @pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("s", [256, 200], ids=["read in place", "padded"])
+def test_keys_and_values_may_come_in_one_array(where, s):
+    case = Case("stacked", B=2, t=130, s=s, N=4, K=2, H=64, Hv=64, q_positions=start(100),
+                kv_positions=start(0), right=0)  # fmt: skip
+    tile, seen = made(case)
+    q, k, v, *rest = operands(case, seen)
+    apart = run(where, (q, k, v, *rest), tile)
+
+    def call() -> list[np.ndarray]:
+        kv = jnp.stack((turned(k), turned(v)))
+        backward = jax.jit(mosaic_gpu.tile_backward)
+        found = backward(turned(q), kv, None, *turned(tuple(rest)), tile)
+        return [np.asarray(x) for x in turned(found)]
+
+    with gpu_emulation.emulated(detect_races=False) if where != "gpu" else nullcontext():
+        together = call()
+    for a, b in zip(apart, together, strict=True):
+        # dq is added to in no fixed order.
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("power", [-40, 30])
 def test_float16_score_gradients_neither_overflow_nor_vanish(power, where):
     case = dataclasses.replace(CASES[0], name="scaled", dtype=jnp.float16)
@@ -235,6 +261,7 @@ def test_float16_score_gradients_neither_overflow_nor_vanish(power, where):
         assert np.abs(a - b).max() < 1e-2 * np.abs(b).max(), name
 
 
+@pytest.mark.kernel
 @pytest.mark.skipif(gpu_emulation.UNAVAILABLE is not None, reason=str(gpu_emulation.UNAVAILABLE))
 @pytest.mark.parametrize("H", [64, 128, 256])
 def test_warpgroups_do_not_race(H):
@@ -249,6 +276,7 @@ def test_warpgroups_do_not_race(H):
         assert oracle.error(a, b) < 2e-2
 
 
+@pytest.mark.kernel
 @pytest.mark.skipif(gpu_emulation.UNAVAILABLE is not None, reason=str(gpu_emulation.UNAVAILABLE))
 def test_the_tile_can_be_vmapped():
     case = CASES[0]
@@ -297,9 +325,11 @@ def compiled(case: Case, onto: bool) -> str:
 
 
 @COMPILER
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("H", [64, 128, 256])
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("H", "dtype"),
+    [(64, jnp.bfloat16), (128, jnp.bfloat16), (128, jnp.float16), (256, jnp.bfloat16)],
+)
 @pytest.mark.parametrize("case", [CASES[i] for i in (0, 1, 5, 6)], ids=str)
 def test_it_compiles_for_hopper_and_dq_is_changed_in_place(case, H, dtype):
     case = dataclasses.replace(case, H=H, Hv=H, dtype=dtype)

@@ -18,6 +18,8 @@ from burst_kernels.mosaic_tpu._config import vmem_limit
 from burst_kernels.mosaic_tpu._config_backward import configure_backward, vmem_bytes_backward
 from workbench import tpu_programs
 
+pytestmark = pytest.mark.kernel
+
 CHIP = TileConfig(chip="v5e", interpret=True)
 FUSED = dataclasses.replace(CHIP, block_q=128, block_kv=128, fused_backward=True)
 SPLIT = dataclasses.replace(FUSED, fused_backward=False)

@@ -31,6 +31,8 @@ from burst_kernels import (
 )
 from burst_kernels.mosaic_tpu import _active, _config
 
+pytestmark = pytest.mark.kernel
+
 CHOSEN = TileConfig(chip="v5e", interpret=True)
 SMALL = dataclasses.replace(CHOSEN, block_q=128, block_kv=128)
 # Several pieces of a pair of blocks, the last ones shorter; scores ahead of the softmax.

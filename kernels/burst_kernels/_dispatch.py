@@ -29,12 +29,14 @@ class Backend:
         unavailable: (chip) -> why that chip cannot run it, in a sentence, or None.
         fields: of `TileConfig` that mean something to it, besides `chip` and `interpret`.
         interpreted: whether `TileConfig(interpret=True)` runs it on a CPU.
+        stacked: whether it takes k and v in one array, see the tile contract.
     """
 
     module: str
     unavailable: Callable[[Chip], str | None]
     fields: tuple[str, ...]
     interpreted: bool = False
+    stacked: bool = False
 
     def load(self) -> ModuleType:
         """The module."""
@@ -95,7 +97,7 @@ BACKENDS: dict[str, Backend] = {
         interpreted=True,
     ),
     "mosaic_gpu": Backend(
-        "burst_kernels.mosaic_gpu", _no_hopper, ("block_q", "block_kv", "stages")
+        "burst_kernels.mosaic_gpu", _no_hopper, ("block_q", "block_kv", "stages"), stacked=True
     ),
     "xla": Backend("burst_kernels.xla", lambda chip: None, ("block_q", "block_kv", "kv_heads")),
 }
@@ -172,8 +174,8 @@ def _check_fields(name: str, config: TileConfig) -> None:
         if field.name not in known and getattr(config, field.name) is not None:
             raise ValueError(
                 f"TileConfig.{field.name} means nothing to the {name!r} tiles, which would compute "
-                f"this; they take {', '.join(BACKENDS[name].fields)}. Leave it out, or name another "
-                "implementation."
+                f"this; they take {', '.join(BACKENDS[name].fields)}. Leave it out, or name "
+                "another implementation."
             )
 
 

@@ -19,6 +19,9 @@ found before: (out, lse) over other keys to merge with, or gradients to add to, 
 None. So what stays on a device is kept where it lies. A query that sees no key has out = 0,
 lse = -inf, and takes part in no gradient.
 A backend that cannot do a tile raises `NotImplementedError` with the reason.
+
+A backend that says `stacked` in its table also takes k and v as they lie in a ring's message, in
+one array: k is [2, B, K, s, H], and v is None.
 """
 
 import dataclasses

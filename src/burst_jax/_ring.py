@@ -34,6 +34,7 @@ from burst_jax._sides import (
     Keys,
     Queries,
     Ring,
+    arrived,
     at,
     halves,
     hide_padding,
@@ -188,8 +189,8 @@ def circulate(
         stayed, collected, message = carry
         onward, arriving = moves(message, plan.onward, collected, plan.behind)
         shard = (me - offset) % schedule.num_shards
-        traveller = _wire.part(message) if ring.plan.one_message else message
-        stayed, goes = meet(shard, recast(traveller, own[0].dtype), stayed)
+        traveller = recast(arrived(message, travels, ring), own[0].dtype)
+        stayed, goes = meet(shard, traveller, stayed)
         return stayed, _fold(arriving, goes), onward
 
     carry = (stayed, None, message)

@@ -1,7 +1,7 @@
 """The two sides of a tile, queries and keys, and all that is static about one call."""
 
 import dataclasses
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import burst_kernels
 from burst_jax._plan import Choice
 from burst_jax._schedule import Schedule, Side, make_schedule
 from burst_jax._sharding import AxisName, ShardTokens
+from burst_jax._wire import Message, part
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,10 +67,10 @@ class Queries(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """The key side of a tile."""
+    """The key side of a tile. Where v is None, k is both of them as they came, [2, B, K, s, H]."""
 
-    k: Float[Array, "B K s H"]
-    v: Float[Array, "B K s Hv"]
+    k: Float[Array, "..."]
+    v: Float[Array, "B K s Hv"] | None
     positions: Int[Array, "_b s"] | None = None
     segments: Int[Array, "C _b s"] | None = None
 
@@ -134,3 +135,13 @@ def recast(side: AnySide, dtype: DTypeLike | None) -> AnySide:
         return side
     payload = {name: getattr(side, name) for name in ("q", "do", "k", "v") if name in side._fields}
     return side._replace(**{n: x.astype(dtype) for n, x in payload.items() if x is not None})
+
+
+def arrived(message: Any, travels: Side, ring: Ring) -> Any:
+    """The traveller that a message is; k and v stay one array for tiles that read them so."""
+    if not isinstance(message, Message):
+        return message
+    stacked = message.stacked and burst_kernels.BACKENDS[ring.tiles.name].stacked
+    if stacked and travels == "kv":
+        return Keys(message.buffer, None)
+    return part(message)

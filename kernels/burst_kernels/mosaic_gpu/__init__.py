@@ -15,8 +15,8 @@ from burst_kernels.mosaic_gpu._config import unavailable as unavailable
 
 def tile_forward(
     q: Float[Array, "B N t H"],
-    k: Float[Array, "B K s H"],
-    v: Float[Array, "B K s Hv"],
+    k: Float[Array, "B K s H"] | Float[Array, "2 B K s H"],
+    v: Float[Array, "B K s Hv"] | None,
     tile: Tile,
     config: TileConfig | None = None,
     onto: tuple[Float[Array, "B N t Hv"], Float[Array, "B N t"]] | None = None,
@@ -29,8 +29,8 @@ def tile_forward(
 
 def tile_backward(
     q: Float[Array, "B N t H"],
-    k: Float[Array, "B K s H"],
-    v: Float[Array, "B K s Hv"],
+    k: Float[Array, "B K s H"] | Float[Array, "2 B K s H"],
+    v: Float[Array, "B K s Hv"] | None,
     do: Float[Array, "B N t Hv"],
     lse: Float[Array, "B N t"],
     delta: Float[Array, "B N t"],

@@ -31,6 +31,7 @@ class Forward(NamedTuple):
         batch, heads, kv_heads: B, N, K.
         t, s: tokens.
         head_dim, value_dim: H and Hv, multiples of 64.
+        v_at: sequences before the first of v: B where k and v are one array, else 0.
         dtype: of q, k and v.
         blocks: block sizes.
         scores: scale and soft cap.
@@ -46,6 +47,7 @@ class Forward(NamedTuple):
     s: int
     head_dim: int
     value_dim: int
+    v_at: int
     dtype: Any
     blocks: Blocks
     scores: Scores

@@ -14,7 +14,7 @@ from burst_kernels.mosaic_gpu._active import BlockMask, block_mask, whole
 from burst_kernels.mosaic_gpu._backward_blocks import Cut, Operands
 from burst_kernels.mosaic_gpu._backward_kv import backward_kv
 from burst_kernels.mosaic_gpu._backward_wide import backward_wide
-from burst_kernels.mosaic_gpu._memory import varying_as
+from burst_kernels.mosaic_gpu._memory import apart, together, varying_as
 from burst_kernels.mosaic_gpu._scores import Scores
 
 # Columns of 16-bit numbers in a row of swizzled shared memory.
@@ -25,8 +25,8 @@ _FLOAT16_POWER = 15
 
 def tile_backward(
     q: Float[Array, "B N t H"],
-    k: Float[Array, "B K s H"],
-    v: Float[Array, "B K s Hv"],
+    k: Float[Array, "B K s H"] | Float[Array, "2 B K s H"],
+    v: Float[Array, "B K s Hv"] | None,
     do: Float[Array, "B N t Hv"],
     lse: Float[Array, "B N t"],
     delta: Float[Array, "B N t"],
@@ -41,13 +41,15 @@ def tile_backward(
     Raises:
         NotImplementedError: a dtype or a head dim that the kernel does not do, with the reason.
     """
+    both = together(k, 128, _COLUMNS) if v is None else None
+    k, v = apart(k, v)
     del config  # block sizes follow from the head dims: what registers and shared memory hold
     if (reason := refuses_backward(q.shape[-1], v.shape[-1], q.dtype)) is not None:
         raise NotImplementedError(reason)
     (H, t), (Hv, s) = q.shape[:1:-1], v.shape[:1:-1]
     like, onto = q, onto or (None, None, None)
     q, k, v, do = (whole(x, 3, _COLUMNS) for x in (q, k, v, do))
-    c = _cut(q, k, v, tile)
+    c = _cut(q, k, v, tile)._replace(v_at=0 if both is None else q.shape[0])
     mask = block_mask(tile, t, s, c.block_q, c.block_kv, like=like)
     if mask is not None:
         c = c._replace(marks=mask.marks, shared_rows=mask.q.shape[0] == 1)
@@ -55,8 +57,11 @@ def tile_backward(
     blind = jnp.isneginf(lse)
     bound = jnp.where(blind, jnp.inf, lse * (1.0 / c.scores.factor))
     delta = jnp.where(blind, 0.0, delta if powers is None else delta * powers[0])
+    k, v = (whole(x, 2, c.block_kv) for x in (k, v)) if both is None else (both, both)
     operands = Operands(
-        *(whole(x, 2, n) for x, n in ((q, c.block_q), (k, c.block_kv), (v, c.block_kv))),
+        q=whole(q, 2, c.block_q),
+        k=k,
+        v=v,
         do=whole(do, 2, c.block_q),
         bound=whole(bound, 2, c.block_q, constant_values=jnp.inf),
         delta=whole(delta, 2, c.block_q),

@@ -43,6 +43,7 @@ class Cut(NamedTuple):
         scores: how scores are made.
         marks: rows of the marks; None: no mask.
         dtype: of q, k, v and do.
+        v_at: sequences before the first of v: B where k and v are one array, else 0.
     """
 
     batch: int
@@ -58,6 +59,7 @@ class Cut(NamedTuple):
     scores: Scores
     marks: Marks | None
     dtype: Any
+    v_at: int = 0
 
     @property
     def block_kv(self) -> int:
@@ -297,7 +299,7 @@ def target(
 def _load_keys(c: Cut, here: Here, x: Operands, s: Places) -> None:
     keys = pl.ds(here.j * c.block_kv, c.block_kv)
     plgpu.copy_gmem_to_smem(x.k.at[here.b, here.kv_head, keys], s.k, s.resident)
-    plgpu.copy_gmem_to_smem(x.v.at[here.b, here.kv_head, keys], s.v, s.resident)
+    plgpu.copy_gmem_to_smem(x.v.at[here.b + c.v_at, here.kv_head, keys], s.v, s.resident)
     if c.marks is not None:
         plgpu.copy_gmem_to_smem(x.kv_marks.at[here.row, :, keys], s.kv_marks, s.resident)
 

@@ -40,7 +40,7 @@ from burst_kernels._tile import Tile
 from burst_kernels.mosaic_gpu._active import block_mask, whole
 from burst_kernels.mosaic_gpu._attend import Forward, Refs, attend
 from burst_kernels.mosaic_gpu._config import ATTENDING, blocks_of, configure, problem_of, refuses
-from burst_kernels.mosaic_gpu._memory import scalar, varying_as
+from burst_kernels.mosaic_gpu._memory import apart, scalar, together, varying_as
 from burst_kernels.mosaic_gpu._scores import Scores
 
 # Registers of a thread, of 65536 / 384 = 168 each as launched: what FlashAttention-3 gives them.
@@ -52,14 +52,16 @@ _TILE = 8
 
 def tile_forward(
     q: Float[Array, "B N t H"],
-    k: Float[Array, "B K s H"],
-    v: Float[Array, "B K s Hv"],
+    k: Float[Array, "B K s H"] | Float[Array, "2 B K s H"],
+    v: Float[Array, "B K s Hv"] | None,
     tile: Tile,
     config: TileConfig | None = None,
     onto: tuple[Float[Array, "B N t Hv"], Float[Array, "B N t"]] | None = None,
 ) -> tuple[Float[Array, "B N t Hv"], Float[Array, "B N t"]]:
     """Attention of t queries to s keys. See the tile contract in `burst_kernels._tile`."""
     config = config or TileConfig()
+    both = together(k, _TILE, 64) if v is None else None
+    k, v = apart(k, v)
     problem, chip = problem_of(q, k, v, tile), config.chip or chip_at_hand().name
     if (reason := refuses(problem, chip)) is not None:
         raise NotImplementedError(f"mosaic_gpu refuses: {reason}")
@@ -75,6 +77,7 @@ def tile_forward(
         s=s,
         head_dim=q.shape[-1],
         value_dim=v.shape[-1],
+        v_at=0 if both is None else batch,
         dtype=q.dtype,
         blocks=blocks,
         scores=Scores.of(tile),
@@ -82,7 +85,7 @@ def tile_forward(
         mask_per_sequence=mask is not None and mask.q.shape[0] > 1,
         continued=onto is not None,
     )
-    refs = {"q": q, "k": k, "v": v}
+    refs = {"q": q, "k": k, "v": v} if both is None else {"q": q, "k": both, "v": both}
     if mask is not None:
         active = mask.keys_of_queries()
         refs |= {"q_marks": mask.q, "kv_marks": mask.kv}
@@ -193,12 +196,14 @@ def _load(
     def step(n: Array, _: None) -> None:
         j = n if f.marks is None else scalar(g.active, *queries, n)
         slot = lax.rem(n, jnp.int32(stages))
-        where = (*keys, pl.ds(j * block_kv, block_kv))
-        for source, smem, ready, free in (
-            (g.k, k_smem, k_ready, k_free),
-            (g.v, v_smem, v_ready, v_free),
+        sequence, kv_head = keys
+        tokens = pl.ds(j * block_kv, block_kv)
+        for source, row, smem, ready, free in (
+            (g.k, sequence, k_smem, k_ready, k_free),
+            (g.v, sequence + f.v_at, v_smem, v_ready, v_free),
         ):
             pl.when(n >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
-            plgpu.copy_gmem_to_smem(source.at[where], smem.at[slot], ready.at[slot])
+            here = source.at[row, kv_head, tokens]
+            plgpu.copy_gmem_to_smem(here, smem.at[slot], ready.at[slot])
 
     lax.fori_loop(jnp.int32(0), total, step, None)

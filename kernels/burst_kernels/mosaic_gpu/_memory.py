@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Shaped
 
 # jax 0.10 takes an index beside the reference.
 _INDEX = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
@@ -36,3 +36,19 @@ def varying_as(x: Array, like: Array) -> Array:
     """
     axes = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
     return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
+
+
+def apart(
+    k: Shaped[Array, "B K s H"] | Shaped[Array, "2 B K s H"], v: Shaped[Array, "B K s Hv"] | None
+) -> tuple[Array, Array]:
+    """k and v; slices, where they come stacked."""
+    return (k[0], k[1]) if v is None else (k, v)
+
+
+def together(k: Shaped[Array, "2 B K s H"], rows: int, columns: int) -> Array | None:
+    """Stacked k and v as an array [2 B, K, s, H] that a kernel reads, or None if it needs padding.
+
+    Sequence b of v is then row B + b.
+    """
+    _, B, K, s, H = k.shape
+    return None if s % rows or H % columns else k.reshape(2 * B, K, s, H)

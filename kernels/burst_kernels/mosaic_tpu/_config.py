@@ -12,6 +12,7 @@ from burst_kernels._chips import chip_at_hand
 from burst_kernels._config import TileConfig
 from burst_kernels._problem import Problem
 from burst_kernels._tile import Tile
+from burst_kernels.mosaic_tpu._winners import WINNERS
 
 LANES = 128
 MIB = 2**20
@@ -19,7 +20,6 @@ MIB = 2**20
 MAX_STEPS = 2**17
 # Beyond it nobody has compiled the kernels.
 MAX_HEAD_DIM = 512
-_BLOCK = 1024
 
 
 class Pieces(NamedTuple):
@@ -230,7 +230,7 @@ def _check_vmem(problem: Problem, chip: str, config: TileConfig) -> None:
 def _blocks(problem: Problem, chip: str, config: TileConfig) -> tuple[int, int]:
     """block_q and block_kv: as given, else the largest that fit; the smallest if none do."""
     block_q = block_kv = LANES
-    for most_q, most_kv in _candidates():
+    for most_q, most_kv in _candidates(chip):
         block_q = config.block_q or _block(problem.t, most_q)
         block_kv = config.block_kv or _block(problem.s, most_kv)
         filled = _filled(config, chip, block_q, block_kv)
@@ -239,9 +239,13 @@ def _blocks(problem: Problem, chip: str, config: TileConfig) -> tuple[int, int]:
     return block_q, block_kv
 
 
-def _candidates() -> Iterator[tuple[int, int]]:
-    """Greatest blocks to try: halved in turns, keys first, since queries stay while keys go by."""
-    most_q = most_kv = _BLOCK
+def _candidates(chip: str) -> Iterator[tuple[int, int]]:
+    """Greatest blocks to try, from the chip's winners on.
+
+    Halved in turns, keys first, since queries stay while keys go by.
+    """
+    won = WINNERS[chip, "forward"]
+    most_q, most_kv = won["block_q"], won["block_kv"]
     while True:
         yield most_q, most_kv
         if most_kv > most_q // 2 and most_kv > LANES:

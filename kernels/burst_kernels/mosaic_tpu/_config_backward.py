@@ -9,12 +9,14 @@ from burst_kernels._config import TileConfig
 from burst_kernels._problem import Problem
 from burst_kernels.mosaic_tpu._accumulate import BUFFERS
 from burst_kernels.mosaic_tpu._config import LANES, MAX_STEPS, MIB, _block, vmem_limit
+from burst_kernels.mosaic_tpu._winners import WINNERS
 
 # Keys whose scores are held at once. Empirical: of 256, 512 and 1024 within 0.6 % of the fewest
 # bundles on each chip (1024 x 1024 pairs, H = 128, bfloat16, no mask, libtpu 0.0.42).
 _COMPUTE = 512
 # The greatest blocks to try, fused, by bytes of an element: keys stay long, since each step also
 # moves a float32 block of dq both ways. A product of float32 is six passes, and long code.
+# In 16 bit a chip's winner comes before them.
 _FUSED = {2: ((1024, 1024), (512, 1024), (512, 512), (256, 512), (128, 512)),
           4: ((512, 512), (256, 512), (128, 512))}  # fmt: skip
 _SPLIT = ((512, 512), (256, 512), (256, 256), (128, 256), (128, 128))
@@ -84,7 +86,11 @@ def vmem_bytes_backward(problem: Problem, config: TileConfig) -> int:
 def _candidates(problem: Problem, chip: str, given: TileConfig) -> Iterator[TileConfig]:
     """What is given, filled up in every way, the best first."""
     least = min(_LEAST_KEYS.get(chip, _LEAST_KEYS_ELSEWHERE), problem.s)
-    kinds = [(True, size) for size in _FUSED[jnp.dtype(problem.dtype).itemsize]]
+    itemsize = jnp.dtype(problem.dtype).itemsize
+    kinds = [(True, size) for size in _FUSED[itemsize]]
+    if itemsize == 2:
+        won = WINNERS[chip, "backward"]
+        kinds.insert(0, (True, (won["block_q_backward"], won["block_kv_backward"])))
     kinds += [(False, size) for size in _SPLIT]
     for fused, (most_q, most_kv) in kinds:
         block_kv = given.block_kv_backward or _block(problem.s, most_kv)
