@@ -11,7 +11,8 @@ PYTHON ?= python3
 JAX ?=
 ARGS ?=
 JOBS ?= 2
-BENCH ?= $(wildcard benchmarks/[!_]*.py)
+# compiled_programs.py wants the environment of `make setup-aot`.
+BENCH ?= $(filter-out %compiled_programs.py,$(wildcard benchmarks/[!_]*.py))
 
 ifeq ($(PYTHON)$(JAX),python3)
 VENV := .venv

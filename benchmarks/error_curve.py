@@ -85,6 +85,7 @@ def draw(rows: list[tuple[str, int, np.ndarray]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 4, figsize=(12, 3.2), sharey=True, layout="constrained")
+    top = 1.1 * max(ratios.max() for _, _, ratios in rows)
     for i, (panel, name) in enumerate(zip(panels, NAMES, strict=True)):
         for plan in PLANS:
             points = [(R, ratios[i]) for label, R, ratios in rows if label == plan]
@@ -92,7 +93,7 @@ def draw(rows: list[tuple[str, int, np.ndarray]], path: Path) -> None:
             color = "tab:blue" if plan.startswith("queries") else "tab:orange"
             panel.plot(*zip(*points, strict=True), style, marker=".", color=color, label=plan)
         panel.axhline(1.0, color="gray", linewidth=0.8)
-        panel.set(title=name, xlabel="devices R", ylim=(0, None))
+        panel.set(title=name, xlabel="devices R", ylim=(0, top))
     panels[0].set_ylabel("error / error of plain\nbfloat16 attention")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     path.parent.mkdir(exist_ok=True)
