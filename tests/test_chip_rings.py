@@ -73,6 +73,19 @@ def test_what_the_kernels_refuse_falls_to_xla_or_is_refused_with_the_reason():
         burst_kernels.select(wide, chip, "mosaic_tpu")
 
 
+@pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e", "tpu7x"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("heads", [(8, 64), (128, 128), (192, 256)])
+@pytest.mark.parametrize("tokens", [(2**16, 2**20), (2**18, 2**18), (2**20, 2**20), (1, 7)])
+def test_nobody_who_gave_no_block_sizes_is_told_that_they_do_not_fit(chip, dtype, heads, tokens):
+    (t, s), (H, Hv) = tokens, heads
+    problem = PROBLEM._replace(t=t, s=s, H=H, Hv=Hv, dtype=jnp.dtype(dtype))
+    assert burst_kernels.select(problem, burst_kernels.chip_named(chip)).name in (
+        "xla",
+        "mosaic_tpu",
+    )
+
+
 def test_a_kernel_of_another_chip_is_refused_here_with_the_reason():
     where = oracle.ring(2)
     x = jnp.zeros((1, 4, 2, 8), jnp.float32)

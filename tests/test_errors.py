@@ -48,6 +48,7 @@ CALLS: dict[str, tuple[dict, str]] = {
     "other tokens in the value": (dict(value=zeros(2, 8, 2, 8)), r"key has 16 tokens, value 8"),
     "other head dim in the key": (dict(key=zeros(2, 16, 2, 4)), r"head dim 8, key 4"),
     "not an array": (dict(query=[[1.0]]), r"query is list, not an array \[B, T, N, H\]"),
+    "implementation that is no name": (dict(implementation=["xla"]), r"\['xla'\] does not exist"),
     "unknown implementation": (dict(implementation="cudnn"), r"'cudnn' does not exist.*'xla'"),
     "batch that its axis does not divide": (
         dict(query=zeros(3, 16, 4, 8), key=zeros(3, 16, 2, 8), value=zeros(3, 16, 2, 8),
@@ -111,6 +112,8 @@ def test_a_wrong_argument_is_refused_with_value_and_remedy(mistake, jit):
         "segments of floats": (lambda: bj.Mask.segments(jnp.zeros(4)), r"q_ids.*float.*int32"),
         "a side that does not exist": (lambda: bj.Plan(backward="v"), r"backward='v'.*'kv' or 'q'"),
         "a dtype that does not exist": (lambda: bj.Plan(wire_dtype="b16"), r"wire_dtype='b16'"),
+        "half bytes on the wire": (lambda: bj.Plan(wire_dtype="float4_e2m1fn"), r"whole bytes"),
+        "a flag that is a number": (lambda: bj.Plan(one_message=1.0), r"one_message=1.0"),
         "integers on the wire": (lambda: bj.Plan(gradient_dtype=jnp.int8), r"floating dtype"),
         "unknown hardware": (
             lambda: bj.make_plan((1, 8, 2, 4), (1, 8, 2, 4), sharding=where(), dtype=jnp.float32,
@@ -128,6 +131,47 @@ def test_an_object_that_cannot_be_is_not_built(build, message):
     make, message = message
     with pytest.raises(ValueError, match=f"(?s){message}"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(plan=bj.Plan(num_shards=3)), r"made for 3 devices.*has 2"),
+        (dict(plan=bj.Plan(wire_dtype=jnp.float32)), r"wire_dtype=float32.*bfloat16"),
+        (dict(plan="kv"), r"Plan or None, got str"),
+        (dict(key_shape=(3, 8, 2, 4)), r"batch sizes differ"),
+        (dict(key_shape=(2, 8, 2, 8)), r"head dim 4, key 8"),
+        (dict(key_shape=(2, 8, 3, 4)), r"multiple of K"),
+        (dict(query_shape=(2, 8.0, 2, 4)), r"query_shape=\(2, 8\.0, 2, 4\).*\[B, T, N, H\]"),
+        (dict(dtype=jnp.int32), r"int32.*astype"),
+        (dict(mask="causal"), r"Mask, got str"),
+    ],
+    ids=str,
+)
+def test_a_plan_is_not_made_for_a_call_that_would_be_refused(changes, message):
+    shape = (2, 8, 2, 4)
+    arguments = dict(query_shape=shape, key_shape=shape, dtype=jnp.bfloat16, sharding=where())
+    with oracle.as_users_run_it(), pytest.raises(ValueError, match=f"(?s){message}"):
+        bj.make_plan(**(arguments | changes))
+
+
+@pytest.mark.parametrize("bound", ["a", 2.5, True, -1])
+def test_a_window_that_is_no_number_of_positions_is_refused(bound):
+    with oracle.as_users_run_it():
+        mask = bj.Mask(right=bound)
+        with pytest.raises(ValueError, match=r"Mask\(right=.*integer number of positions"):
+            bj.burst_attention(Q, KV, KV, sharding=where(), mask=mask)
+
+
+def test_a_window_beyond_all_positions_hides_nothing_also_in_32_bit():
+    q, k = (jnp.arange(64, dtype=jnp.float32).reshape(1, 8, 2, 4) % n for n in (5, 7))
+    sharding = bj.SequenceSharding(jax.make_mesh((2,), ("sp",), devices=jax.devices()[:2]))
+    with jax.enable_x64(False):
+        wide, full = (
+            bj.burst_attention(q, k, k, sharding=sharding, mask=mask)
+            for mask in (bj.Mask.sliding_window(2**40), bj.Mask.causal())
+        )
+    np.testing.assert_array_equal(wide, full)
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])

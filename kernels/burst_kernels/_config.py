@@ -25,6 +25,8 @@ class TileConfig:
         chip: name of the chip to compile for, see `burst_kernels.CHIPS`; None: the mesh's, or
             that of JAX's default device.
         interpret: run a chip's kernel by Pallas's interpreter on CPU: slow, for checking numbers.
+            The interpreter takes no vmap, jax.checkpoint or gradient of a scan around it; compiled
+            kernels do.
 
     Raises:
         ValueError: a size is not a positive integer, or the chip is not known.

@@ -133,7 +133,8 @@ def select(
     """
     config = config or TileConfig()
     chip = _chip(chip, config)
-    if implementation is not None and implementation not in BACKENDS:
+    known = isinstance(implementation, str) and implementation in BACKENDS
+    if implementation is not None and not known:
         raise ValueError(
             f"implementation={implementation!r} does not exist; choose one of "
             f"{', '.join(map(repr, BACKENDS))}, or None to let the library choose."

@@ -10,7 +10,7 @@ from burst_jax._masks import Mask as Mask
 from burst_jax._partial import Partial as Partial
 from burst_jax._partial import merge as merge
 from burst_jax._plan import Plan as Plan
-from burst_jax._plan import make_plan as make_plan
+from burst_jax._planner import make_plan as make_plan
 from burst_jax._sharding import SequenceSharding as SequenceSharding
 
 __all__ = (

@@ -4,7 +4,9 @@ Each function states one rule; its message says what is wrong with which values,
 right, and how to get there.
 """
 
+import dataclasses
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,10 @@ from burst_jax._masks import Mask
 from burst_jax._plan import Plan
 from burst_jax._sharding import SequenceSharding, ShardTokens, check_layout
 
+Shaped = jax.Array | jax.ShapeDtypeStruct
 
-def check_arrays(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+
+def check_arrays(query: Shaped, key: Shaped, value: Shaped) -> None:
     """Ranks, dtypes, and the sizes that q, k and v must share."""
     arrays = {"query": query, "key": key, "value": value}
     letters = {"query": "[B, T, N, H]", "key": "[B, S, K, H]", "value": "[B, S, K, Hv]"}
@@ -121,7 +125,7 @@ def check_sinks(sinks: jax.Array | None, num_heads: int) -> None:
 
 
 def check_mask(mask: Mask | None) -> Mask:
-    """A Mask; None is the full mask."""
+    """A Mask whose bounds fit int32; None is the full mask."""
     if mask is None:
         return Mask.full()
     if not isinstance(mask, Mask):
@@ -131,9 +135,15 @@ def check_mask(mask: Mask | None) -> Mask:
             "with &. A dense boolean T x S mask is quadratic in memory and not taken."
         )
     for name, bound in (("left", mask.left), ("right", mask.right)):
-        if bound is not None and bound < 0:
-            raise ValueError(f"Mask({name}={bound}): a window reaches 0 or more positions.")
-    return mask
+        integer = isinstance(bound, numbers.Integral) and not isinstance(bound, bool)
+        if bound is not None and (not integer or bound < 0):
+            raise ValueError(
+                f"Mask({name}={bound!r}): a window reaches an integer number of positions, >= 0."
+            )
+    # Positions fit int32, and so do their differences: a window beyond it hides nothing.
+    most = np.iinfo(np.int32).max
+    left, right = (None if x is None else min(int(x), most) for x in (mask.left, mask.right))
+    return dataclasses.replace(mask, left=left, right=right)
 
 
 def as_rows(name: str, ids: jax.Array, batch: int, tokens: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""`Plan`: what travels and in which dtype. `make_plan`: the choice made for you, and why."""
+"""`Plan`: what travels and in which dtype. `resolve`: what a plan leaves open, chosen by bytes."""
 
 import dataclasses
 
@@ -6,11 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import DTypeLike
 
-from burst_jax import _placing
-from burst_jax._cost import Hardware, Shapes, bytes_a_hop, hardware_named, predict
-from burst_jax._masks import Mask
+from burst_jax._cost import Shapes, bytes_a_hop
 from burst_jax._schedule import Side
-from burst_jax._sharding import SequenceSharding, ShardTokens
 from burst_kernels import TileConfig
 
 
@@ -61,12 +58,14 @@ class Plan:
                 dtype = jnp.dtype(value)
             except TypeError:
                 dtype = None
-            if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            floating = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+            if not floating or jnp.finfo(dtype).bits < 8:
                 raise ValueError(
-                    f"Plan({field}={value!r}): give a floating dtype such as jnp.bfloat16, or None."
+                    f"Plan({field}={value!r}): give a floating dtype of whole bytes, such as "
+                    "jnp.bfloat16, or None."
                 )
             object.__setattr__(self, field, dtype)
-        if self.one_message not in (None, True, False):
+        if self.one_message is not None and not isinstance(self.one_message, bool):
             raise ValueError(f"Plan(one_message={self.one_message!r}): give True, False or None.")
         if self.tile is not None and not isinstance(self.tile, TileConfig):
             raise ValueError(
@@ -120,70 +119,4 @@ def resolve(plan: Plan | None, shapes: Shapes, platform: str) -> Choice:
         gradient_dtype=plan.gradient_dtype,
         one_message=platform in ("gpu", "cuda") if plan.one_message is None else plan.one_message,
         as_bits=platform == "cpu",
-    )
-
-
-def make_plan(
-    query_shape: tuple[int, ...],
-    key_shape: tuple[int, ...],
-    *,
-    sharding: SequenceSharding,
-    mask: Mask | None = None,
-    dtype: DTypeLike,
-    hardware: Hardware | str | None = None,
-    plan: Plan | None = None,
-) -> Plan:
-    """The choice that `plan=None` makes, with predictions in `.explain()`.
-
-    Args:
-        query_shape: global [B, T, N, H].
-        key_shape: global [B, S, K, H]; the value's head dim is taken to be H.
-        sharding: where the tokens lie.
-        mask: which keys count; None: all. Segments are predicted as if all were one.
-        dtype: of query, key and value.
-        hardware: a name in `burst_jax._cost.HARDWARE` ("v5e", "v5p", "v6e", "v4", "h100"), or a
-            `Hardware` of your own; None: no times are predicted.
-        plan: fields that you want fixed.
-
-    Returns:
-        A complete plan for this mesh.
-
-    Raises:
-        ValueError: shapes that no attention has, or that the mesh does not divide; unknown
-            hardware.
-    """
-    for name, shape in (("query_shape", query_shape), ("key_shape", key_shape)):
-        if len(shape) != 4 or any(n < 1 for n in shape):
-            raise ValueError(f"{name}={tuple(shape)}: give the global [B, T, N, H], all >= 1.")
-    (B, T, N, H), (_, S, K, _) = query_shape, key_shape
-    batch, heads = sharding.axis_size(sharding.batch_axis), sharding.axis_size(sharding.head_axis)
-    if N % K or B % batch or N % heads or K % heads:
-        raise ValueError(
-            f"B={B}, N={N}, K={K} on this mesh: N must be a multiple of K={K}, B of the batch "
-            f"axis ({batch} devices), N and K of the head axis ({heads})."
-        )
-    dtype = jnp.dtype(dtype)
-    R = sharding.num_shards
-    q_tokens, kv_tokens = (
-        ShardTokens(sharding.layout, R, sharding.padded(n) // R, n) for n in (T, S)
-    )
-    shapes = Shapes.of(
-        (B // batch, q_tokens.local, N // heads, H), (kv_tokens.local, K // heads, H), dtype, plan
-    )
-    if hardware is None:
-        platform = _placing.chip(sharding).platform
-    else:
-        platform = hardware_named(hardware).kind
-    chosen = resolve(plan, shapes, platform)
-    mask = Mask.full() if mask is None else mask
-    explanation = predict(chosen, shapes, q_tokens, kv_tokens, mask, hardware)
-    return Plan(
-        forward=chosen.forward,
-        backward=chosen.backward,
-        wire_dtype=chosen.wire_dtype,
-        gradient_dtype=chosen.gradient_dtype,
-        one_message=chosen.one_message,
-        tile=None if plan is None else plan.tile,
-        num_shards=R,
-        explanation=explanation,
     )
