@@ -22,10 +22,10 @@ from burst_kernels._tile import Summary, Tile, Tokens, classify, summarize, visi
 
 # Block sizes, and how many scores one step holds, in elements. On CPU those should stay in a core's
 # second-level cache; elsewhere a step should be large enough to fill the chip. Empirical: the best
-# of seven on two cores of an AMD EPYC (benchmarks/cpu_attention.py); elsewhere not measured.
+# of twelve on two cores of an AMD EPYC (benchmarks/cpu_attention.py); elsewhere not measured.
 _BLOCK_Q = {"cpu": 128, "other": 512}
 _BLOCK_KV = {"cpu": 128, "other": 512}
-_STEP_SCORES = {"cpu": 2**16, "other": 2**22}
+_STEP_SCORES = {"cpu": 2**15, "other": 2**22}
 
 Carry = TypeVar("Carry")
 
