@@ -1,7 +1,6 @@
 """Whole multi-chip programs, compiled by the real TPU compiler: what its schedule hides."""
 
 import re
-import time
 
 import jax
 import jax.numpy as jnp
@@ -53,19 +52,13 @@ def test_every_generation_compiles_the_ring_and_hides_its_transfers(target):
 
 @pytest.mark.aot
 @pytest.mark.parametrize(("few", "many"), [("v5p:2x2x2", "v5p:4x4x4"), ("v6e:2x4", "v6e:8x8")])
-def test_code_time_and_memory_do_not_grow_from_eight_to_sixty_four_chips(few, many):
+def test_code_and_memory_do_not_grow_from_eight_to_sixty_four_chips(few, many):
     """16K tokens a device: 128K on 8, 1M on 64."""
-    programs, times_s = [], []
-    for target, tokens in ((few, 2**17), (many, 2**20)):
-        start = time.perf_counter()
-        programs.append(compiled(target, tokens, "q"))
-        times_s.append(time.perf_counter() - start)
+    programs = [compiled(few, 2**17, "q"), compiled(many, 2**20, "q")]
     sizes = [p.memory_analysis().generated_code_size_in_bytes for p in programs]
     assert sizes[1] <= 1.3 * sizes[0]
     held = [bj.inspect.temporary_bytes(p) for p in programs]
     assert held[1] <= 1.1 * held[0]
-    # Compiling is timed with others at work beside it: 1.3 is what the quiet machine shows.
-    assert times_s[1] <= 2 * times_s[0], times_s
     if many.startswith("v5p"):  # libtpu makes the permutes of 8x8 chips synchronous
         assert bj.inspect.overlap(programs[1]).exposed == 0
 
