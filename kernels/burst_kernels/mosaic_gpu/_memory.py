@@ -13,8 +13,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-# jax 0.10 takes an index beside the reference.
-_INDEX = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+# jax 0.10 demands an index beside the reference; jax 0.11 still takes one, and warns of it.
+_idx = inspect.signature(plgpu.load).parameters.get("idx")
+_INDEX = ((),) if _idx is not None and _idx.default is inspect.Parameter.empty else ()
 
 
 def scalar(ref: Any, *index: Array | int) -> Array:
