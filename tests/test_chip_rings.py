@@ -13,6 +13,7 @@ import pytest
 import burst_jax as bj
 import burst_kernels
 from burst_kernels import Chip, Problem, TileConfig
+from burst_kernels.mosaic_tpu._winners import WINNERS
 
 INTERPRETED = TileConfig(interpret=True, chip="v5e")
 
@@ -99,6 +100,25 @@ def test_a_kernel_of_another_chip_is_refused_here_with_the_reason():
         with pytest.raises(ValueError, match=message):
             plan = bj.Plan(tile=tile)
             bj.burst_attention(x, x, x, sharding=where, plan=plan, implementation=implementation)
+
+
+@pytest.mark.parametrize(
+    ("chip", "field", "value"),
+    [("v5e", "kv_heads", 2), ("v5e", "stages", 2), ("sm_90", "block_q_backward", 128),
+     ("sm_90", "fused_backward", True), ("cpu", "block_compute", 128)],
+)  # fmt: skip
+def test_a_field_that_the_chosen_tiles_do_not_know_is_refused(chip, field, value):
+    config = TileConfig(**{field: value})
+    with pytest.raises(ValueError, match=rf"TileConfig\.{field} means nothing to.*block_q"):
+        burst_kernels.select(PROBLEM, burst_kernels.chip_named(chip), None, config)
+
+
+@pytest.mark.parametrize(("chip", "kind"), WINNERS)
+def test_long_shards_are_cut_into_the_blocks_that_won(chip, kind):
+    problem = PROBLEM._replace(t=2**14, s=2**14)
+    config = burst_kernels.select(problem, burst_kernels.chip_named(chip)).config
+    won = WINNERS[chip, kind]
+    assert {name: getattr(config, name) for name in won} == won
 
 
 def test_a_tpu_that_is_not_known_runs_the_xla_tile():

@@ -5,10 +5,7 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from gpu_cases import COMPILER, WHERE, Case, made, of_each_row, start, turned, zigzag
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -29,25 +27,6 @@ from burst_kernels._tile import visible
 from burst_kernels.mosaic_gpu import _active
 
 HOPPER = TileConfig(chip="sm_90")
-
-# Every case runs emulated; on a machine with a Hopper GPU also for real.
-WHERE = [
-    pytest.param(
-        "emulated",
-        marks=[
-            pytest.mark.kernel,
-            pytest.mark.skipif(
-                gpu_emulation.UNAVAILABLE is not None, reason=str(gpu_emulation.UNAVAILABLE)
-            ),
-        ],
-    ),
-    pytest.param("gpu", marks=pytest.mark.gpu),
-]
-COMPILER = pytest.mark.skipif(
-    not (importlib.util.find_spec("jax_cuda13_plugin") and shutil.which("ptxas")),
-    reason="needs jax-cuda13-plugin and jax-cuda13-pjrt of jax's version, and ptxas on the PATH",
-)
-
 
 # The mask as lists of blocks and marks of tokens.
 
@@ -136,44 +115,6 @@ def test_a_causal_square_visits_its_lower_half_and_masks_its_diagonal():
 # Numbers.
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One tile; positions by functions of the number of tokens, rows first."""
-
-    name: str
-    t: int = 128
-    s: int = 128
-    B: int = 1
-    N: int = 1
-    K: int = 1
-    H: int = 64
-    Hv: int = 64
-    q_positions: Callable[[int], np.ndarray] | None = None
-    kv_positions: Callable[[int], np.ndarray] | None = None
-    left: int | None = None
-    right: int | None = None
-    kinds: int = 0
-    cap: float | None = None
-    scale: float = 0.1
-    dtype: Any = jnp.bfloat16
-    config: TileConfig = HOPPER
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def start(first: int) -> Callable[[int], np.ndarray]:
-    return lambda n: (first + np.arange(n))[None]
-
-
-def zigzag(n: int) -> np.ndarray:
-    return np.concatenate((np.arange(n // 2), 3 * n // 2 + np.arange(n // 2)))[None]
-
-
-def of_each_row(n: int) -> np.ndarray:
-    return np.stack([np.arange(n) * 2, oracle.permutation(n) - n // 4])
-
-
 CAUSAL = Case("causal, four query heads to two kv heads, wide heads", t=192, s=256, N=4, K=2, H=128,
               Hv=128, q_positions=start(40), kv_positions=start(0), right=0)  # fmt: skip
 CASES = (
@@ -196,43 +137,11 @@ CASES = (
 )  # fmt: skip
 
 
-def made(case: Case) -> tuple[Tile, np.ndarray]:
-    """The tile, and which of its pairs count, [b, t, s]."""
-    seen = np.ones((1, case.t, case.s), bool)
-    fields: dict[str, Any] = {}
-    if case.q_positions is not None:
-        q, kv = case.q_positions(case.t), case.kv_positions(case.s)
-        fields |= dict(
-            q_positions=jnp.asarray(q, jnp.int32), kv_positions=jnp.asarray(kv, jnp.int32)
-        )
-        q, kv = q[:, :, None], kv[:, None, :]
-        seen = seen & (q >= 0) & (kv >= 0)
-        seen = seen & ((case.right is None) | (kv - q <= (case.right or 0)))
-        seen = seen & ((case.left is None) | (q - kv <= (case.left or 0)))
-    if case.kinds:
-        rng = oracle.generator(case.name)
-        q, kv = (
-            np.sort(rng.integers(0, 3, (case.kinds, 2, n)), -1).astype(np.int32)
-            for n in (case.t, case.s)
-        )
-        fields |= dict(q_segments=jnp.asarray(q), kv_segments=jnp.asarray(kv))
-        seen = seen & (q[:, :, :, None] == kv[:, :, None, :]).all(0)
-    tile = Tile(
-        scale=case.scale, logits_soft_cap=case.cap, left=case.left, right=case.right, **fields
-    )
-    return tile, seen
-
-
 def operands(case: Case) -> oracle.Inputs:
     return oracle.inputs(
         case.name, T=case.t, S=case.s, B=case.B, N=case.N, K=case.K, H=case.H, Hv=case.Hv,
         dtype=case.dtype,
     )  # fmt: skip
-
-
-def turned(x: Any) -> Any:
-    """Tokens before heads, or heads before tokens."""
-    return jax.tree.map(lambda a: jnp.swapaxes(jnp.asarray(a), 1, 2), x)
 
 
 def run(where: str, case: Case, tile: Tile, x: oracle.Inputs, onto: Any = None) -> list[np.ndarray]:

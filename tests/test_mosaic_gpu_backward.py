@@ -4,10 +4,7 @@
 """
 
 import dataclasses
-import importlib.util
 import re
-import shutil
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,67 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from gpu_cases import COMPILER, WHERE, Case, made, of_each_row, start, turned, zigzag
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import burst_jax.aot
 from burst_kernels import Tile, TileConfig, mosaic_gpu, xla
 
-SCALE = 0.1
-
-# Every case runs emulated; on a machine with a Hopper GPU also for real.
-WHERE = [
-    pytest.param(
-        "emulated",
-        marks=[
-            pytest.mark.kernel,
-            pytest.mark.skipif(
-                gpu_emulation.UNAVAILABLE is not None, reason=str(gpu_emulation.UNAVAILABLE)
-            ),
-        ],
-    ),
-    pytest.param("gpu", marks=pytest.mark.gpu),
-]
-COMPILER = pytest.mark.skipif(
-    not (importlib.util.find_spec("jax_cuda13_plugin") and shutil.which("ptxas")),
-    reason="needs jax-cuda13-plugin and jax-cuda13-pjrt of jax's version, and ptxas on the PATH",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One tile; positions and ids by functions of the number of tokens, rows first."""
-
-    name: str
-    t: int = 128
-    s: int = 128
-    B: int = 1
-    N: int = 1
-    K: int = 1
-    H: int = 64
-    Hv: int = 64
-    q_positions: Callable[[int], np.ndarray] | None = None
-    kv_positions: Callable[[int], np.ndarray] | None = None
-    left: int | None = None
-    right: int | None = None
-    kinds: int = 0
-    cap: float | None = None
-    dtype: Any = jnp.bfloat16
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def start(first: int) -> Callable[[int], np.ndarray]:
-    return lambda n: (first + np.arange(n))[None]
-
-
-def zigzag(n: int) -> np.ndarray:
-    return np.concatenate((np.arange(n // 2), 3 * n // 2 + np.arange(n // 2)))[None]
-
-
-def of_each_row(n: int) -> np.ndarray:
-    return np.stack([np.arange(n) * 2, oracle.permutation(n) - n // 4])
-
+SCALE = Case.scale
 
 CASES = (
     Case("nothing is masked"),
@@ -99,31 +42,6 @@ CASES = (
 )  # fmt: skip
 
 
-def made(case: Case) -> tuple[Tile, np.ndarray]:
-    """The tile, and which of its pairs count, [b, t, s]."""
-    seen = np.ones((1, case.t, case.s), bool)
-    fields: dict[str, Any] = {}
-    if case.q_positions is not None:
-        q, kv = case.q_positions(case.t), case.kv_positions(case.s)
-        fields |= dict(
-            q_positions=jnp.asarray(q, jnp.int32), kv_positions=jnp.asarray(kv, jnp.int32)
-        )
-        q, kv = q[:, :, None], kv[:, None, :]
-        seen = seen & (q >= 0) & (kv >= 0)
-        seen = seen & ((case.right is None) | (kv - q <= (case.right or 0)))
-        seen = seen & ((case.left is None) | (q - kv <= (case.left or 0)))
-    if case.kinds:
-        rng = oracle.generator(case.name)
-        q, kv = (
-            np.sort(rng.integers(0, 3, (case.kinds, 2, n)), -1).astype(np.int32)
-            for n in (case.t, case.s)
-        )
-        fields |= dict(q_segments=jnp.asarray(q), kv_segments=jnp.asarray(kv))
-        seen = seen & (q[:, :, :, None] == kv[:, :, None, :]).all(0)
-    tile = Tile(scale=SCALE, logits_soft_cap=case.cap, left=case.left, right=case.right, **fields)
-    return tile, seen
-
-
 def operands(case: Case, seen: np.ndarray) -> tuple[np.ndarray, ...]:
     """q, k, v, do, lse, delta as the oracle has them, the last two of more keys."""
     x = oracle.inputs(
@@ -135,11 +53,6 @@ def operands(case: Case, seen: np.ndarray) -> tuple[np.ndarray, ...]:
     lse = np.logaddexp(own, rng.normal(size=own.shape)).astype(np.float32)
     lse[:, 0] = -np.inf  # a row that sees nothing at all takes no part
     return x.q, x.k, x.v, x.do, lse, rng.normal(size=lse.shape).astype(np.float32)
-
-
-def turned(x: Any) -> Any:
-    """Tokens before heads, or heads before tokens."""
-    return jax.tree.map(lambda a: jnp.swapaxes(jnp.asarray(a), 1, 2), x)
 
 
 def run(where: str, arrays: tuple[np.ndarray, ...], tile: Tile, **kwargs: Any) -> list[np.ndarray]:

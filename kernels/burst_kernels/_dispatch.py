@@ -1,6 +1,7 @@
 """Which backend computes a tile: the first that can, with every reason of those that cannot."""
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
@@ -131,14 +132,18 @@ def select(
         ValueError: no such backend, or it cannot compute this here, with the reason; or block
             sizes that do not fit.
     """
-    config = config or TileConfig()
-    chip = _chip(chip, config)
     known = isinstance(implementation, str) and implementation in BACKENDS
     if implementation is not None and not known:
         raise ValueError(
             f"implementation={implementation!r} does not exist; choose one of "
             f"{', '.join(map(repr, BACKENDS))}, or None to let the library choose."
         )
+    return _chosen(problem, chip, implementation, config or TileConfig())
+
+
+@functools.lru_cache(maxsize=1024)  # a model asks the same of every layer, and of every step
+def _chosen(problem: Problem, chip: Chip, implementation: str | None, config: TileConfig) -> Chosen:
+    chip = _chip(chip, config)
     reasons = {name: _why_not(backend, problem, chip, config) for name, backend in BACKENDS.items()}
     usable = [name for name, reason in reasons.items() if reason is None]
     if implementation is not None and reasons[implementation] is not None:
