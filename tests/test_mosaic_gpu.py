@@ -24,7 +24,7 @@ import burst_jax.aot
 from burst_kernels import CHIPS, FULL, PARTIAL, Tile, TileConfig, mosaic_gpu
 from burst_kernels._problem import Problem
 from burst_kernels._tile import visible
-from burst_kernels.mosaic_gpu import _active
+from burst_kernels import _active
 
 HOPPER = TileConfig(chip="sm_90")
 

@@ -41,6 +41,7 @@ class TileConfig:
     block_compute_backward: int | None = None
     fused_backward: bool | None = None
     stages: int | None = None
+    warps: int | None = None
     kv_heads: int | None = None
     chip: str | None = None
     interpret: bool = False

@@ -100,6 +100,13 @@ BACKENDS: dict[str, Backend] = {
     "mosaic_gpu": Backend(
         "burst_kernels.mosaic_gpu", _no_hopper, ("block_q", "block_kv", "stages"), stacked=True
     ),
+    "triton": Backend(
+        "burst_kernels.triton",
+        lambda chip: importlib.import_module("burst_kernels.triton").unavailable(chip.name),
+        ("block_q", "block_kv", "block_q_backward", "block_kv_backward", "stages", "warps"),
+        interpreted=True,
+        stacked=True,
+    ),
     "xla": Backend("burst_kernels.xla", lambda chip: None, ("block_q", "block_kv", "kv_heads")),
 }
 

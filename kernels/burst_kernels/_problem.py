@@ -2,7 +2,9 @@
 
 from typing import NamedTuple
 
-from jaxtyping import DTypeLike
+from jaxtyping import Array, DTypeLike, Float
+
+from burst_kernels._tile import Tile
 
 
 class Problem(NamedTuple):
@@ -28,3 +30,15 @@ class Problem(NamedTuple):
     soft_cap: bool = False
     masked: bool = False
     kinds: int = 0
+
+
+def problem_of(
+    q: Float[Array, "B N t H"], k: Float[Array, "B K s H"], v: Float[Array, "B K s Hv"], tile: Tile
+) -> Problem:
+    """The sizes of one tile."""
+    (B, N, t, H), (_, K, s, Hv) = q.shape, v.shape
+    kinds = 0 if tile.q_segments is None else tile.q_segments.shape[0]
+    return Problem(
+        B=B, t=t, s=s, N=N, K=K, H=H, Hv=Hv, dtype=q.dtype, masked=tile.masked, kinds=kinds,
+        soft_cap=tile.logits_soft_cap is not None,
+    )  # fmt: skip

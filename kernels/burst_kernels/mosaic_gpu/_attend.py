@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from burst_kernels.mosaic_gpu._active import Marks, visible
+from burst_kernels._active import Marks, visible
 from burst_kernels.mosaic_gpu._config import ATTENDING, Blocks
 from burst_kernels.mosaic_gpu._memory import registers, scalar
 from burst_kernels.mosaic_gpu._scores import LN_2, Scores

@@ -15,7 +15,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from burst_kernels.mosaic_gpu._active import Marks, visible
+from burst_kernels._active import Marks, visible
 from burst_kernels.mosaic_gpu._memory import registers, scalar
 from burst_kernels.mosaic_gpu._scores import Scores
 

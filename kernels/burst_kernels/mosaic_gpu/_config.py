@@ -10,11 +10,9 @@ import re
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from burst_kernels._config import TileConfig
 from burst_kernels._problem import Problem
-from burst_kernels._tile import Tile
 
 # A CTA's shared memory on sm_90 (227 KiB), without what Mosaic takes for reductions and barriers.
 _SMEM_BYTES = 227 * 1024 - 4 * 1024
@@ -39,18 +37,6 @@ class Blocks(NamedTuple):
     block_q: int
     block_kv: int
     stages: int
-
-
-def problem_of(
-    q: Float[Array, "B N t H"], k: Float[Array, "B K s H"], v: Float[Array, "B K s Hv"], tile: Tile
-) -> Problem:
-    """The sizes of one tile."""
-    (B, N, t, H), (_, K, s, Hv) = q.shape, v.shape
-    kinds = 0 if tile.q_segments is None else tile.q_segments.shape[0]
-    return Problem(
-        B=B, t=t, s=s, N=N, K=K, H=H, Hv=Hv, dtype=q.dtype, masked=tile.masked, kinds=kinds,
-        soft_cap=tile.logits_soft_cap is not None,
-    )  # fmt: skip
 
 
 def unavailable(chip_name: str) -> str | None:

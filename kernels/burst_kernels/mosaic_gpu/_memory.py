@@ -8,7 +8,6 @@ which no compiler keeps.
 import inspect
 from typing import Any
 
-import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
@@ -27,23 +26,6 @@ def registers(ref: Any, layout: Any) -> Array:
     """An array, each thread its part of `layout`."""
     x = plgpu.load(ref, *_INDEX, layout=layout, optimized=False)
     return x * jnp.ones((), x.dtype)
-
-
-def varying_as(x: Array, like: Array) -> Array:
-    """x, of a type that varies over the mesh axes that the type of `like` varies over.
-
-    What a kernel gives does not on some releases of jax, whatever type its results were declared
-    with; and then gradients through a `shard_map` would be summed over devices.
-    """
-    axes = jax.typeof(like).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
-    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
-
-
-def apart(
-    k: Shaped[Array, "B K s H"] | Shaped[Array, "2 B K s H"], v: Shaped[Array, "B K s Hv"] | None
-) -> tuple[Array, Array]:
-    """k and v; slices, where they come stacked."""
-    return (k[0], k[1]) if v is None else (k, v)
 
 
 def together(k: Shaped[Array, "2 B K s H"], rows: int, columns: int) -> Array | None:

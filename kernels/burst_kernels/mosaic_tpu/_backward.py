@@ -26,10 +26,11 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from burst_kernels._config import TileConfig
+from burst_kernels._problem import problem_of
 from burst_kernels._tile import EMPTY, FULL, PARTIAL, Onto, Tile
 from burst_kernels.mosaic_tpu._accumulate import Accumulator, Turn, Visit
 from burst_kernels.mosaic_tpu._active import Active
-from burst_kernels.mosaic_tpu._config import MAX_STEPS, chip_name, problem_of, refuses
+from burst_kernels.mosaic_tpu._config import MAX_STEPS, chip_name, refuses
 from burst_kernels.mosaic_tpu._config_backward import configure_backward
 from burst_kernels.mosaic_tpu._gradients import (
     Geometry,

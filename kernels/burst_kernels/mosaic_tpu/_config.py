@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from burst_kernels._chips import chip_at_hand
 from burst_kernels._config import TileConfig
 from burst_kernels._problem import Problem
-from burst_kernels._tile import Tile
 from burst_kernels.mosaic_tpu._winners import WINNERS
 
 LANES = 128
@@ -131,17 +129,6 @@ def chip_name(config: TileConfig) -> str:
 def vmem_limit(chip: str) -> int:
     """Bytes of vector memory that a kernel may use."""
     return GENERATIONS[chip].vmem_bytes
-
-
-def problem_of(q: Array, k: Array, v: Array, tile: Tile) -> Problem:
-    """The sizes of a call."""
-    (B, N, t, H), (_, K, s, _) = q.shape, k.shape
-    return Problem(
-        B=B, t=t, s=s, N=N, K=K, H=H, Hv=v.shape[3], dtype=q.dtype,
-        soft_cap=tile.logits_soft_cap is not None,
-        masked=tile.masked,
-        kinds=0 if tile.q_segments is None else tile.q_segments.shape[0],
-    )  # fmt: skip
 
 
 def refuses(problem: Problem, chip: str) -> str | None:

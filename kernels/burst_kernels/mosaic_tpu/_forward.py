@@ -31,6 +31,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32, Shaped
 
 from burst_kernels._config import TileConfig
+from burst_kernels._problem import problem_of
 from burst_kernels._tile import FULL, PARTIAL, Tile
 from burst_kernels.mosaic_tpu import _config
 from burst_kernels.mosaic_tpu._active import (
@@ -145,7 +146,7 @@ def tile_forward(
 def _sizes(q, k, v, tile: Tile, config: TileConfig | None) -> tuple[Sizes, TileConfig]:
     """The sizes of a call, checked; what the config leaves open is chosen."""
     config = config or TileConfig()
-    problem = _config.problem_of(q, k, v, tile)
+    problem = problem_of(q, k, v, tile)
     chip = _config.chip_name(config)
     if (reason := _config.refuses(problem, chip)) is not None:
         raise NotImplementedError(reason)

@@ -1,0 +1,116 @@
+"""What all kernels take: constants, the mask's lists and marks; and what vmap makes of it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from burst_kernels._active import Active, BlockMask, block_mask
+from burst_kernels._problem import Problem
+from burst_kernels._tile import Tile
+from burst_kernels.triton._sizes import Sizes
+
+
+class Mask(NamedTuple):
+    """Operands of a kernel for the mask; b as in `BlockMask`."""
+
+    q_marks: Int[Array, "b U t_"]
+    kv_marks: Int[Array, "b W s_"]
+    active: Int[Array, "b n m"]
+    counts: Int[Array, "b n 2"]
+    order: Int[Array, "b n"]
+
+
+def mask_of(
+    tile: Tile, problem: Problem, block_q: int, block_kv: int, like: Array
+) -> BlockMask | None:
+    """The tile's mask in blocks, as many rows on the side of keys as on that of queries."""
+    mask = block_mask(tile, problem.t, problem.s, block_q, block_kv, like=like)
+    if mask is None:
+        return None
+    q, kv = mask.q, mask.kv
+    rows = max(q.shape[0], kv.shape[0])
+    return mask._replace(
+        q=jnp.broadcast_to(q, (rows, *q.shape[1:])), kv=jnp.broadcast_to(kv, (rows, *kv.shape[1:]))
+    )
+
+
+def mask_operands(mask: BlockMask | None, active: Active | None, q: Array) -> tuple[Array, ...]:
+    """`Mask`; q where there is none, since a kernel has no optional parameter."""
+    if mask is None or active is None:
+        return (q,) * len(Mask._fields)
+    return Mask(mask.q, mask.kv, active.blocks, active.counts, active.heaviest_first())
+
+
+def sizes_of(
+    problem: Problem, tile: Tile, mask: BlockMask | None, block_q: int, block_kv: int, **rest: Any
+) -> Sizes:
+    """Constants of a kernel; `rest` are those that the mask and the tile do not know."""
+    p, marks = problem, None if mask is None else mask.marks
+    return Sizes(
+        B=p.B, N=p.N, K=p.K, T=p.t, S=p.s, H=p.H, Hv=p.Hv,
+        block_q=block_q,
+        block_kv=block_kv,
+        scale=float(tile.scale),
+        soft_cap=float(tile.logits_soft_cap or 0.0),
+        listed=mask is not None,
+        per_sequence=mask is not None and mask.q.shape[0] > 1,
+        last=marks is not None and marks.last,
+        first=marks is not None and marks.first,
+        kinds=0 if marks is None else marks.segments,
+        **rest,
+    )  # fmt: skip
+
+
+def mapped(function: Callable[..., Any], stacked: bool) -> Callable[..., Any]:
+    """`function(arrays, tile)` that `jax.vmap` can map: the mapped axis becomes sequences.
+
+    Args:
+        function: of a tree of arrays, sequences first, and of a tile; gives such arrays.
+        stacked: whether the second array, k, is [2, B, ...], see the tile contract.
+    """
+    call = jax.custom_batching.custom_vmap(function)
+
+    @call.def_vmap
+    def rule(axis_size: int, batched: Any, arrays: Any, tile: Tile) -> tuple[Any, Any]:
+        of_arrays, of_tile = batched
+        B = arrays[0].shape[1 if of_arrays[0] else 0]
+
+        def fold(x: Array, is_mapped: bool, axis: int = 0) -> Array:
+            """The mapped axis, now the first, before `axis` and merged with it."""
+            x = x if is_mapped else jnp.broadcast_to(x, (axis_size, *x.shape))
+            x = jnp.moveaxis(x, 0, axis)
+            return x.reshape(*x.shape[:axis], axis_size * x.shape[axis + 1], *x.shape[axis + 2 :])
+
+        def fold_rows(x: Array, is_mapped: bool, axis: int) -> Array:
+            """Of the mask; a row that all sequences share stays one."""
+            rows = axis + is_mapped
+            if not is_mapped and x.shape[rows] == 1:
+                return x
+            shape = list(x.shape)
+            shape[rows] = B
+            return fold(jnp.broadcast_to(x, shape), is_mapped, axis)
+
+        folded = list(map(lambda x, m: jax.tree.map(fold, x, m), arrays, of_arrays))
+        if stacked:
+            folded[1] = fold(arrays[1], of_arrays[1], 1)
+        axes = dict(q_positions=0, kv_positions=0, q_segments=1, kv_segments=1)
+        rows = {
+            name: fold_rows(getattr(tile, name), getattr(of_tile, name), axis)
+            for name, axis in axes.items()
+            if getattr(tile, name) is not None
+        }
+        found = call(tuple(folded), _with(tile, rows))
+        found = jax.tree.map(lambda x: x.reshape(axis_size, B, *x.shape[1:]), found)
+        return found, jax.tree.map(lambda _: True, found)
+
+    return call
+
+
+def _with(tile: Tile, arrays: dict[str, Array]) -> Tile:
+    static = dict(
+        scale=tile.scale, logits_soft_cap=tile.logits_soft_cap, left=tile.left, right=tile.right
+    )
+    return Tile(**static, **arrays)
