@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh
 
 # Names that people use, and the compiler's own where they differ.
 _TPU = {"v4": "v4", "v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "v7x": "tpu7x", "tpu7x": "tpu7x"}
-_GPU = {"h100": "h100.txtpb"}
+_GPU = {name: f"{name}.txtpb" for name in ("h100", "a100", "l4", "t4", "b200")}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Forward tile: `_kernels.forward_kernel`, and what it needs made ready."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from burst_kernels._config import TileConfig
@@ -47,10 +46,13 @@ def _forward(
         v_at=0 if v is not None else k.size // 2, onto=(onto is not None,) * 2,
     )  # fmt: skip
     operands = (q, k, k if v is None else v, *mask_operands(mask, active, q), *(onto or (q, q)))
-    aliases = {} if onto is None else {8: 0, 9: 1}
+    call = Call(
+        kernel="forward_kernel",
+        constants={"C": sizes},
+        programs=sizes.query_programs,
+        launch=tiles.launch(cut),
+        aliases={} if onto is None else {8: 0, 9: 1},
+    )
     rows = (p.B, p.N, p.t)
-    programs = p.B * p.N * sizes.num_q
-    call = Call("forward_kernel", sizes, programs, tiles.launch(cut), aliases)
     out, lse = run(call, operands, ((*rows, p.Hv), rows))
-    assert out.dtype == jnp.float32
     return out, lse

@@ -5,17 +5,18 @@ One program computes one block of one side and walks the active blocks of the ot
     forward   a block of queries of one head     for each active block of keys:
                                                    scores = q k^T, online softmax, acc += p v
                                                  out = acc / sum, lse
-    dk, dv    a block of keys of one kv head     for each active block of queries of each of its
+    backward  a block of keys of one kv head     for each active block of queries of each of its
                                                  query heads:
                                                    scores^T, p^T,               dv += p^T do
                                                    ds^T = p^T (v do^T - delta), dk += ds^T q
-    dq        a block of queries of one head     for each active block of keys:
+              a block of queries of one head     for each active block of keys:
                                                    p, ds,                       dq += ds k
 
-No program adds to what another one writes, so that results are the same bits in every run. Triton's
-compiler pipelines the loops: on sm_80 and newer the next blocks come to shared memory, by copies
-that run beside, while this one is computed. FULL blocks come first, in a loop of their own without
-mask arithmetic.
+No program adds to what another one writes, so that results are the same bits in every run. The two
+halves of the backward are one launch, since XLA hides a transfer of the ring behind one kernel
+better than behind one of two. Triton's compiler pipelines the loops: on sm_80 and newer the next
+blocks come to shared memory, by copies that run beside, while this one is computed. FULL blocks
+come first, in a loop of their own without mask arithmetic.
 
 Differs from FlashAttention-2 (arXiv 2307.08691) in that blocks come from a list, in that the
 softmax starts from what the ring has found before, and in that the scale is applied after the
@@ -234,12 +235,12 @@ def _keys_step(
 
 @triton.jit
 @no_type_check
-def backward_keys_kernel(
-    q, k, v, do, lse, delta, powers, q_marks, kv_marks, active, counts, order, before_dk, before_dv,
-    dk, dv, C: tl.constexpr,
+def _keys_program(
+    program, q, k, v, do, lse, delta, powers, q_marks, kv_marks, active, counts, order, before_dk,
+    before_dv, dk, dv, C: tl.constexpr,
 ):  # fmt: skip
     """A block of keys of one kv head: dk and dv."""
-    row, block = tl.program_id(0) // C.num_kv, tl.program_id(0) % C.num_kv
+    row, block = program // C.num_kv, program % C.num_kv
     sequence = row // C.K
     if C.listed:
         mask_row = sequence * C.per_sequence
@@ -280,9 +281,9 @@ def backward_keys_kernel(
                 q_row + n // partial, i, q_marks, kv_marks, C, True,
             )  # fmt: skip
     dk_block = dk_block * (C.scale * inverse)
-    if C.onto[0]:
-        dk_block += _load(before_dk + at * C.H, left, C.block_kv, C.H, C.wide, C.even_kv)
     if C.onto[1]:
+        dk_block += _load(before_dk + at * C.H, left, C.block_kv, C.H, C.wide, C.even_kv)
+    if C.onto[2]:
         dv_block += _load(before_dv + at * C.Hv, left, C.block_kv, C.Hv, C.wide_v, C.even_kv)
     _store(dk + at * C.H, dk_block, left, C.block_kv, C.H, C.wide)
     _store(dv + at * C.Hv, dv_block, left, C.block_kv, C.Hv, C.wide_v)
@@ -313,12 +314,12 @@ def _queries_step(
 
 @triton.jit
 @no_type_check
-def backward_queries_kernel(
-    q, k, v, do, lse, delta, powers, q_marks, kv_marks, active, counts, order, before_dq, dq,
-    C: tl.constexpr,
+def _queries_program(
+    program, q, k, v, do, lse, delta, powers, q_marks, kv_marks, active, counts, order, before_dq,
+    dq, C: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head: dq."""
-    row, block = tl.program_id(0) // C.num_q, tl.program_id(0) % C.num_q
+    row, block = program // C.num_q, program % C.num_q
     sequence, head = row // C.N, row % C.N
     if C.listed:
         mask_row = sequence * C.per_sequence
@@ -361,3 +362,25 @@ def backward_queries_kernel(
     if C.onto[0]:
         dq_block += _load(before_dq + at * C.H, left, C.block_q, C.H, C.wide, C.even_q)
     _store(dq + at * C.H, dq_block, left, C.block_q, C.H, C.wide)
+
+
+@triton.jit
+@no_type_check
+def backward_kernel(
+    q, k, v, do, lse, delta, powers,
+    k_q_marks, k_kv_marks, k_active, k_counts, k_order,
+    q_q_marks, q_kv_marks, q_active, q_counts, q_order,
+    before_dq, before_dk, before_dv, dq, dk, dv, C: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """A block of keys, cut and masked as C and `k_...` say; or of queries: D and `q_...`."""
+    program = tl.program_id(0)
+    if program < C.key_programs:
+        _keys_program(
+            program, q, k, v, do, lse, delta, powers, k_q_marks, k_kv_marks, k_active, k_counts,
+            k_order, before_dk, before_dv, dk, dv, C,
+        )  # fmt: skip
+    else:
+        _queries_program(
+            program - C.key_programs, q, k, v, do, lse, delta, powers, q_q_marks, q_kv_marks,
+            q_active, q_counts, q_order, before_dq, dq, D,
+        )  # fmt: skip

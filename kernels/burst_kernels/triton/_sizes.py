@@ -70,6 +70,16 @@ class Sizes:
         return -(-self.S // self.block_kv)
 
     @property
+    def query_programs(self) -> int:
+        """Programs of a kernel that computes blocks of queries."""
+        return self.B * self.N * self.num_q
+
+    @property
+    def key_programs(self) -> int:
+        """Programs of a kernel that computes blocks of keys."""
+        return self.B * self.K * self.num_kv
+
+    @property
     def even_q(self) -> bool:
         """Whether blocks divide the queries."""
         return self.T % self.block_q == 0
