@@ -106,6 +106,16 @@ def _seen(q_at, kv_at, C: tl.constexpr, TURNED: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _block(active, n, C: tl.constexpr):
+    """The n-th active block. Loops read it a turn ahead: then copies of its tokens wait for nothing.
+
+    Where it is read in the turn that uses it, Triton's compiler spends one of its stages on it.
+    """
+    return tl.load(active + n) if C.listed else n
+
+
+@triton.jit
+@no_type_check
 def _attend(m, total, acc, q, k, v, j, q_marks, kv_marks, C: tl.constexpr, MASKED: tl.constexpr):
     """Online softmax, one block of keys further.
 
@@ -168,13 +178,17 @@ def forward_kernel(
         m = tl.full((C.block_q,), -_INF, tl.float32)
         total = tl.full((C.block_q,), 0.0, tl.float32)
         acc = tl.full((C.block_q, C.wide_v), 0.0, tl.float32)
+    last = total_blocks - 1
+    j = _block(active, 0, C)
     for n in tl.range(0, full):
-        j = tl.load(active + n) if C.listed else n
+        ahead = _block(active, tl.minimum(n + 1, last), C)
         m, total, acc = _attend(m, total, acc, q_block, k, v, j, q_marks, kv_marks, C, False)
+        j = ahead
     if C.listed:
         for n in tl.range(full, total_blocks):
-            j = tl.load(active + n)
+            ahead = _block(active, tl.minimum(n + 1, last), C)
             m, total, acc = _attend(m, total, acc, q_block, k, v, j, q_marks, kv_marks, C, True)
+            j = ahead
     saw = total > 0.0
     total = tl.where(saw, total, 1.0)
     found = tl.where(saw, m * C.factor + tl.log2(total) * _LN_2, -_INF)
@@ -267,19 +281,24 @@ def _keys_program(
     dk_block = tl.full((C.block_kv, C.wide), 0.0, tl.float32)
     dv_block = tl.full((C.block_kv, C.wide_v), 0.0, tl.float32)
     # One loop over heads and blocks, so that the pipeline is filled once.
+    i = _block(active, 0, C)
     for n in tl.range(0, C.group * full):
-        i = tl.load(active + n % full) if C.listed else n % full
+        ahead = _block(active, (n + 1) % full, C)
         dk_block, dv_block = _keys_step(
             dk_block, dv_block, k_block, v_block, q, do, lse, delta, power, q_row + n // full, i,
             q_marks, kv_marks, C, False,
         )  # fmt: skip
+        i = ahead
     if C.listed:
+        active += full
+        i = _block(active, 0, C)
         for n in tl.range(0, C.group * partial):
-            i = tl.load(active + full + n % partial)
+            ahead = _block(active, (n + 1) % partial, C)
             dk_block, dv_block = _keys_step(
                 dk_block, dv_block, k_block, v_block, q, do, lse, delta, power,
                 q_row + n // partial, i, q_marks, kv_marks, C, True,
             )  # fmt: skip
+            i = ahead
     dk_block = dk_block * (C.scale * inverse)
     if C.onto[1]:
         dk_block += _load(before_dk + at * C.H, left, C.block_kv, C.H, C.wide, C.even_kv)
@@ -345,19 +364,23 @@ def _queries_program(
     if C.powers:
         power, inverse = tl.load(powers), tl.load(powers + 1)
     dq_block = tl.full((C.block_q, C.wide), 0.0, tl.float32)
+    last = total_blocks - 1
+    j = _block(active, 0, C)
     for n in tl.range(0, full):
-        j = tl.load(active + n) if C.listed else n
+        ahead = _block(active, tl.minimum(n + 1, last), C)
         dq_block = _queries_step(
             dq_block, q_block, do_block, bound, delta_block, power, k, v, j, q_marks, kv_marks, C,
             False,
         )  # fmt: skip
+        j = ahead
     if C.listed:
         for n in tl.range(full, total_blocks):
-            j = tl.load(active + n)
+            ahead = _block(active, tl.minimum(n + 1, last), C)
             dq_block = _queries_step(
                 dq_block, q_block, do_block, bound, delta_block, power, k, v, j, q_marks, kv_marks,
                 C, True,
             )  # fmt: skip
+            j = ahead
     dq_block = dq_block * (C.scale * inverse)
     if C.onto[0]:
         dq_block += _load(before_dq + at * C.H, left, C.block_q, C.H, C.wide, C.even_q)
