@@ -12,7 +12,7 @@ from burst_kernels.triton._launch import Call, run
 from burst_kernels.triton._operands import mapped, mask_of, mask_operands, sizes_of
 
 # Operands before those that the results are added to.
-_BEFORE_ONTO = 7 + 2 * 5
+_BEFORE_ONTO = 7 + 5 + 3
 
 
 def tile_backward(
@@ -52,31 +52,25 @@ def _backward(
     p, powers = problem, None
     if q.dtype == jnp.float16:  # score gradients overflow it
         powers = powers_of_two(do, k[1] if v is None else v, lse, delta)
-    sizes, masks = [], []
-    for by_queries, cut in enumerate((tiles.backward_keys, tiles.backward_queries)):
-        mask = mask_of(tile, p, cut.block_q, cut.block_kv, like=q)
-        active = None
-        if mask is not None:
-            active = mask.keys_of_queries() if by_queries else mask.queries_of_keys()
-        masks += mask_operands(mask, active, q)
-        sizes.append(
-            sizes_of(
-                p, tile, mask, cut.block_q, cut.block_kv, precision=tiles.precision,
-                powers=powers is not None, v_at=0 if v is not None else k.size // 2,
-                onto=tuple(x is not None for x in onto),
-            )  # fmt: skip
-        )
-    by_keys, by_queries = sizes
+    cut = tiles.backward
+    mask = mask_of(tile, p, cut.block_q, cut.block_kv, like=q)
+    sizes = sizes_of(
+        p, tile, mask, cut.block_q, cut.block_kv,
+        powers=powers is not None, v_at=0 if v is not None else k.size // 2,
+        onto=tuple(x is not None for x in onto),
+    )  # fmt: skip
     call = Call(
         kernel="backward_kernel",
-        constants={"C": by_keys, "D": by_queries},
-        programs=by_keys.key_programs + by_queries.query_programs,
-        launch=tiles.launch(tiles.backward_keys),
+        sizes=sizes,
+        programs=sizes.key_programs + sizes.query_programs,
+        launch=tiles.launch(cut),
         aliases={_BEFORE_ONTO + i: i for i, x in enumerate(onto) if x is not None},
     )
+    by_keys = None if mask is None else mask.queries_of_keys()
+    by_queries = None if mask is None else mask.keys_of_queries()
     operands = (
-        q, k, k if v is None else v, do, lse, delta, q if powers is None else powers, *masks,
-        *(q if x is None else x for x in onto),
+        q, k, k if v is None else v, do, lse, delta, q if powers is None else powers, *mask_operands(mask, by_keys, q),
+        *mask_operands(mask, by_queries, q)[2:], *(q if x is None else x for x in onto),
     )  # fmt: skip
     rows = (p.B, p.K, p.s)
     return run(call, operands, ((p.B, p.N, p.t, p.H), (*rows, p.H), (*rows, p.Hv)))

@@ -1,8 +1,6 @@
-"""Which GPUs run the Triton kernels, and how a tile is cut into blocks there."""
+"""Block sizes of the Triton kernels: what fits a chip's shared memory, what is taken."""
 
 import dataclasses
-import importlib.util
-import re
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -10,15 +8,8 @@ import jax.numpy as jnp
 from burst_kernels._chips import chip_at_hand
 from burst_kernels._config import TileConfig
 from burst_kernels._problem import Problem
+from burst_kernels.triton._chips import capability_of, refuses, shared_bytes
 from burst_kernels.triton._sizes import power_of_two
-
-_INSTALL = "pip install 'burst-jax[triton]'"
-_ELSEWHERE = "The `xla` tile computes it: implementation='xla', or None."
-_GREATEST_HEAD_DIM = 256
-# The oldest GPUs that Triton multiplies matrices of 16 bit for on tensor cores.
-_OLDEST = 75
-# The first with asynchronous copies to shared memory, bfloat16 and TF32.
-_AMPERE = 80
 
 
 class Cut(NamedTuple):
@@ -28,6 +19,29 @@ class Cut(NamedTuple):
     block_kv: int
     warps: int
     stages: int
+
+
+# What is tried, the first that fits is taken. Blocks and warps are near those of FlashAttention-2
+# and of Triton's tutorial, less what ptxas spills registers for (bfloat16, sm_80, causal; bytes):
+#   forward   H 128: 128 x 64 on 4 warps 156, 128 x 128 on 8 warps 8;  H 256: 128 x 64 on 8 156
+#   backward  H 64: 64 x 128 on 8 warps 132;  H 128: 64 x 64 on 4 48, 64 x 128 on 8 40
+# Nobody has timed them: there was no GPU at hand. By head dim up to which, and bytes of an element.
+_FORWARD = {
+    (64, 2): (Cut(128, 64, 4, 3), Cut(64, 64, 4, 2), Cut(64, 64, 4, 1)),
+    (128, 2): (Cut(128, 64, 8, 3), Cut(128, 64, 8, 2), Cut(64, 32, 4, 2), Cut(64, 32, 4, 1)),
+    (256, 2): (Cut(64, 64, 8, 2), Cut(64, 32, 8, 2), Cut(32, 32, 4, 1)),
+    (64, 4): (Cut(64, 32, 4, 2), Cut(32, 32, 4, 1)),
+    (128, 4): (Cut(64, 32, 8, 2), Cut(32, 32, 4, 2), Cut(32, 16, 4, 1)),
+    (256, 4): (Cut(32, 16, 4, 2), Cut(16, 16, 4, 1)),
+}
+_BACKWARD = {
+    (64, 2): (Cut(64, 64, 4, 3), Cut(64, 64, 4, 2), Cut(64, 64, 4, 1)),
+    (128, 2): (Cut(64, 64, 8, 3), Cut(64, 64, 8, 2), Cut(32, 64, 4, 2), Cut(32, 32, 4, 1)),
+    (256, 2): (Cut(32, 32, 4, 2), Cut(16, 32, 4, 1)),
+    (64, 4): (Cut(32, 32, 4, 2), Cut(32, 32, 4, 1)),
+    (128, 4): (Cut(32, 32, 8, 2), Cut(16, 16, 4, 1)),
+    (256, 4): (Cut(16, 16, 4, 2), Cut(16, 16, 4, 1)),
+}
 
 
 class Launch(NamedTuple):
@@ -40,71 +54,22 @@ class Launch(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Sizes of all kernels of a tile.
+    """Sizes of both kernels.
 
     Attributes:
-        forward, backward_keys, backward_queries: of each kernel.
-        precision: of a product of float32 operands, as Triton names it.
+        forward, backward: of each.
         capability: compute capability of the chip, 80 for sm_80.
         interpret: whether they run by Triton's interpreter.
     """
 
     forward: Cut
-    backward_keys: Cut
-    backward_queries: Cut
-    precision: str
+    backward: Cut
     capability: int
     interpret: bool
 
     def launch(self, cut: Cut) -> Launch:
         """How the kernel of that cut is compiled."""
         return Launch(self.capability, self.interpret, cut.warps, cut.stages)
-
-
-def capability_of(chip_name: str) -> int | None:
-    """80 for sm_80; None for what is no NVIDIA GPU."""
-    found = re.fullmatch(r"sm_(\d+)", chip_name)
-    return None if found is None else int(found.group(1))
-
-
-def unavailable(chip_name: str) -> str | None:
-    """Why a chip cannot run the kernels, in a sentence; None where it can."""
-    capability = capability_of(chip_name)
-    if capability is None:
-        return f"it is for NVIDIA GPUs, and {chip_name} is none that it knows."
-    if capability < _OLDEST:
-        return (
-            f"Triton knows the tensor cores of GPUs from sm_{_OLDEST} on, and {chip_name} is "
-            f"older. {_ELSEWHERE}"
-        )
-    if not installed():
-        return f"it needs jax_triton, which is not installed: {_INSTALL}. {_ELSEWHERE}"
-    return None
-
-
-def installed() -> bool:
-    """Whether the extra is there; nothing is imported to find out."""
-    return all(importlib.util.find_spec(name) is not None for name in ("triton", "jax_triton"))
-
-
-def refuses(problem: Problem, chip_name: str) -> str | None:
-    """Why such tiles cannot be done on that chip, in a sentence; None where they can."""
-    if (reason := unavailable(chip_name)) is not None:
-        return reason
-    dtype = jnp.dtype(problem.dtype)
-    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        return f"it takes bfloat16, float16 and float32, and this is {dtype.name}. {_ELSEWHERE}"
-    if dtype == jnp.bfloat16 and (capability_of(chip_name) or 0) < _AMPERE:
-        return (
-            f"{chip_name} has no bfloat16 arithmetic; it came with sm_{_AMPERE}. float16 runs "
-            f"here. {_ELSEWHERE}"
-        )
-    if max(problem.H, problem.Hv) > _GREATEST_HEAD_DIM:
-        return (
-            f"head dims over {_GREATEST_HEAD_DIM} leave no registers for a row of the output, and "
-            f"this has H={problem.H}, Hv={problem.Hv}. {_ELSEWHERE}"
-        )
-    return None
 
 
 def configure(problem: Problem, chip_name: str, config: TileConfig) -> TileConfig:
@@ -118,8 +83,8 @@ def configure(problem: Problem, chip_name: str, config: TileConfig) -> TileConfi
         config,
         block_q=tiles.forward.block_q,
         block_kv=tiles.forward.block_kv,
-        block_q_backward=tiles.backward_keys.block_q,
-        block_kv_backward=tiles.backward_keys.block_kv,
+        block_q_backward=tiles.backward.block_q,
+        block_kv_backward=tiles.backward.block_kv,
     )
 
 
@@ -138,18 +103,81 @@ def tiles_for(problem: Problem, config: TileConfig | None) -> Tiles:
 
 
 def _tiles(problem: Problem, chip_name: str, config: TileConfig) -> Tiles:
+    c = config
     capability = capability_of(chip_name)
     assert capability is not None
-    float32 = jnp.dtype(problem.dtype) == jnp.float32
-    c = config
-    def cut(q, kv, default):
-        return Cut(q or default[0], kv or default[1], c.warps or default[2], c.stages or default[3])
-    d = (32, 32, 4, 2)
+    # Blocks that were given for the forward alone are no wish for the backward.
+    forward = _chosen(problem, capability, (c.block_q, c.block_kv), c, backward=False)
+    given = (c.block_q_backward, c.block_kv_backward)
     return Tiles(
-        forward=cut(c.block_q, c.block_kv, d),
-        backward_keys=cut(c.block_q_backward or c.block_q, c.block_kv_backward or c.block_kv, d),
-        backward_queries=cut(c.block_q_backward or c.block_q, c.block_kv_backward or c.block_kv, d),
-        precision="tf32x3" if float32 and capability >= _AMPERE else "ieee",
+        forward=forward,
+        backward=_chosen(problem, capability, given, c, backward=True),
         capability=capability,
         interpret=config.interpret,
     )
+
+
+def _chosen(
+    problem: Problem,
+    capability: int,
+    blocks: tuple[int | None, int | None],
+    config: TileConfig,
+    backward: bool,
+) -> Cut:
+    """The first of the table that fits, with what is given in its place."""
+    given = (*blocks, config.warps, config.stages)
+    names = ("block_q_backward", "block_kv_backward") if backward else ("block_q", "block_kv")
+    _check(dict(zip((*names, "warps", "stages"), given, strict=True)))
+    head_dim, item = max(problem.H, problem.Hv), jnp.dtype(problem.dtype).itemsize
+    table = _BACKWARD if backward else _FORWARD
+    rows = next(rows for (most, size), rows in table.items() if head_dim <= most and size == item)
+    tried = [Cut(*(a or b for a, b in zip(given, row, strict=True))) for row in rows]
+    limit = shared_bytes(capability)
+    fits = [cut for cut in tried if smem_bytes(problem, capability, cut, backward) <= limit]
+    if fits:
+        return fits[0]
+    wanted, room = tried[-1], [
+        row for row in rows if smem_bytes(problem, capability, row, backward) <= limit
+    ]
+    raise ValueError(
+        f"TileConfig({names[0]}={wanted.block_q}, {names[1]}={wanted.block_kv}, "
+        f"stages={wanted.stages}) needs {smem_bytes(problem, capability, wanted, backward)} bytes "
+        f"of shared memory at H={problem.H}, Hv={problem.Hv}; sm_{capability} has {limit}. These "
+        "fit: " + ", ".join(f"({r.block_q}, {r.block_kv}, {r.stages})" for r in room) + "."
+    )
+
+
+def _check(given: dict[str, int | None]) -> None:
+    for name, value in given.items():
+        least, most = {"warps": (1, 16), "stages": (1, 8)}.get(name, (16, 256))
+        if value is None:
+            continue
+        if not least <= value <= most or (name != "stages" and value & (value - 1)):
+            what = "from" if name == "stages" else "a power of two from"
+            raise ValueError(
+                f"TileConfig.{name}={value}: the triton tiles take {what} {least} to {most}."
+            )
+
+
+def smem_bytes(problem: Problem, capability: int, cut: Cut, backward: bool) -> int:
+    """Shared memory that Triton takes for a kernel, at most.
+
+    What stays (queries; or keys of the backward) and what passes by in the buffers of the stages;
+    probabilities on their way from one product to the next; lse, delta and marks of what passes
+    by. Found by compiling, and held to it by tests marked `aot`.
+    """
+    item = jnp.dtype(problem.dtype).itemsize
+    wide, both = power_of_two(problem.H), power_of_two(problem.H) + power_of_two(problem.Hv)
+    # On Hopper and Blackwell tensor cores read a block from memory while the next one arrives.
+    buffers = cut.stages if 90 <= capability < 120 else max(1, cut.stages - 1)
+    marks = (3 + problem.kinds) * 4 * buffers
+    pair = cut.block_q * cut.block_kv
+    by_q = cut.block_q * (both if backward else wide) + buffers * cut.block_kv * both
+    elements, tokens = by_q + pair, cut.block_kv
+    if backward:  # the half that walks over queries, and that which walks over keys
+        by_kv = cut.block_kv * both + buffers * cut.block_q * both
+        elements, tokens = max(by_q, by_kv) + pair, max(cut.block_q, cut.block_kv)
+        marks += 2 * 4 * buffers
+    if cut.stages == 1:
+        elements += cut.block_q * wide
+    return elements * item + tokens * marks

@@ -42,13 +42,13 @@ def _forward(
     mask = mask_of(tile, p, cut.block_q, cut.block_kv, like=q)
     active = None if mask is None else mask.keys_of_queries()
     sizes = sizes_of(
-        p, tile, mask, cut.block_q, cut.block_kv, precision=tiles.precision, powers=False,
+        p, tile, mask, cut.block_q, cut.block_kv, powers=False,
         v_at=0 if v is not None else k.size // 2, onto=(onto is not None,) * 2,
     )  # fmt: skip
     operands = (q, k, k if v is None else v, *mask_operands(mask, active, q), *(onto or (q, q)))
     call = Call(
         kernel="forward_kernel",
-        constants={"C": sizes},
+        sizes=sizes,
         programs=sizes.query_programs,
         launch=tiles.launch(cut),
         aliases={} if onto is None else {8: 0, 9: 1},

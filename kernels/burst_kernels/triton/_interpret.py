@@ -36,7 +36,7 @@ _LOCK = threading.Lock()
 
 def interpret(
     kernel: str,
-    constants: Mapping[str, Sizes],
+    sizes: Sizes,
     programs: int,
     operands: Sequence[Any],
     results: Sequence[Any],
@@ -46,7 +46,7 @@ def interpret(
 
     Args:
         kernel: its name in `_kernels`.
-        constants: by the names of its parameters.
+        sizes: its constants.
         programs: how many there are.
         operands: arrays.
         results: their shapes and dtypes; what no program writes stays NaN.
@@ -59,7 +59,7 @@ def interpret(
     function = getattr(_module(), kernel)
     with _LOCK, _put_right():
         run = _Executor(function.rewrite(), function.arg_names, (programs,))
-        run(*(_Pointer(np.ascontiguousarray(x)) for x in (*arrays, *out)), **constants)
+        run(*(_Pointer(np.ascontiguousarray(x)) for x in (*arrays, *out)), sizes)
     return tuple(out)
 
 

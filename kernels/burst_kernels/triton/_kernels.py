@@ -13,10 +13,10 @@ One program computes one block of one side and walks the active blocks of the ot
                                                    p, ds,                       dq += ds k
 
 No program adds to what another one writes, so that results are the same bits in every run. The two
-halves of the backward are one launch, since XLA hides a transfer of the ring behind one kernel
-better than behind one of two. Triton's compiler pipelines the loops: on sm_80 and newer the next
-blocks come to shared memory, by copies that run beside, while this one is computed. FULL blocks
-come first, in a loop of their own without mask arithmetic.
+halves of the backward are one launch, so that the last programs of one run beside the first of the
+other. Triton's compiler pipelines the loops: on sm_80 and newer the next blocks come to shared
+memory, by copies that run beside, while this one is computed. FULL blocks come first, in a loop of
+their own without mask arithmetic.
 
 Differs from FlashAttention-2 (arXiv 2307.08691) in that blocks come from a list, in that the
 softmax starts from what the ring has found before, and in that the scale is applied after the
@@ -36,6 +36,8 @@ import triton.language as tl
 _LN_2 = tl.constexpr(math.log(2.0))
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _INF = tl.constexpr(math.inf)
+# Products of float32 operands: from three of TF32, on tensor cores. Each is off by 2^-21 or less.
+_PRECISION = tl.constexpr("tf32x3")
 
 
 @triton.jit
@@ -125,7 +127,7 @@ def _attend(m, total, acc, q, k, v, j, q_marks, kv_marks, C: tl.constexpr, MASKE
     # A key beyond the last is padding, and its block not FULL.
     WHOLE: tl.constexpr = C.even_kv or not MASKED
     k_block = _load(k + first.to(tl.int64) * C.H, C.S - first, C.block_kv, C.H, C.wide, WHOLE)
-    scores = _capped(tl.dot(q, tl.trans(k_block), input_precision=C.precision), C)
+    scores = _capped(tl.dot(q, tl.trans(k_block), input_precision=_PRECISION), C)
     if MASKED:
         kv_at = kv_marks + first + tl.arange(0, C.block_kv)
         scores = tl.where(_seen(q_marks[:, None], kv_at[None, :], C, False), scores, -_INF)
@@ -137,7 +139,7 @@ def _attend(m, total, acc, q, k, v, j, q_marks, kv_marks, C: tl.constexpr, MASKE
     total = total * shrink + tl.sum(p, 1)
     v_block = _load(v + first.to(tl.int64) * C.Hv, C.S - first, C.block_kv, C.Hv, C.wide_v, WHOLE)
     acc = acc * shrink[:, None]
-    acc = tl.dot(p.to(v_block.dtype), v_block, acc, input_precision=C.precision)
+    acc = tl.dot(p.to(v_block.dtype), v_block, acc, input_precision=_PRECISION)
     return greatest, total, acc
 
 
@@ -232,18 +234,18 @@ def _keys_step(
     at = row * C.T + first
     q_block = _load(q + at * C.H, left, C.block_q, C.H, C.wide, C.even_q)
     bound, delta_block = _rows_of(lse, delta, at, left, C)
-    scores = _capped(tl.dot(k_block, tl.trans(q_block), input_precision=C.precision), C)
+    scores = _capped(tl.dot(k_block, tl.trans(q_block), input_precision=_PRECISION), C)
     p = _probability(scores, bound[None, :], C)
     if MASKED:
         q_at = q_marks + first + tl.arange(0, C.block_q)
         p = tl.where(_seen(q_at[None, :], kv_marks[:, None], C, True), p, 0.0)
     do_block = _load(do + at * C.Hv, left, C.block_q, C.Hv, C.wide_v, C.even_q)
-    dv = tl.dot(p.to(do_block.dtype), do_block, dv, input_precision=C.precision)
-    dp = tl.dot(v_block, tl.trans(do_block), input_precision=C.precision)
+    dv = tl.dot(p.to(do_block.dtype), do_block, dv, input_precision=_PRECISION)
+    dp = tl.dot(v_block, tl.trans(do_block), input_precision=_PRECISION)
     ds = p * (dp * power - (delta_block * power)[None, :])
     if C.capped:
         ds = ds * _cap_slope(scores, C)
-    dk = tl.dot(ds.to(q_block.dtype), q_block, dk, input_precision=C.precision)
+    dk = tl.dot(ds.to(q_block.dtype), q_block, dk, input_precision=_PRECISION)
     return dk, dv
 
 
@@ -318,17 +320,17 @@ def _queries_step(
     first = j * C.block_kv
     WHOLE: tl.constexpr = C.even_kv or not MASKED
     k_block = _load(k + first.to(tl.int64) * C.H, C.S - first, C.block_kv, C.H, C.wide, WHOLE)
-    scores = _capped(tl.dot(q_block, tl.trans(k_block), input_precision=C.precision), C)
+    scores = _capped(tl.dot(q_block, tl.trans(k_block), input_precision=_PRECISION), C)
     p = _probability(scores, bound[:, None], C)
     if MASKED:
         kv_at = kv_marks + first + tl.arange(0, C.block_kv)
         p = tl.where(_seen(q_marks[:, None], kv_at[None, :], C, False), p, 0.0)
     v_block = _load(v + first.to(tl.int64) * C.Hv, C.S - first, C.block_kv, C.Hv, C.wide_v, WHOLE)
-    dp = tl.dot(do_block, tl.trans(v_block), input_precision=C.precision)
+    dp = tl.dot(do_block, tl.trans(v_block), input_precision=_PRECISION)
     ds = p * (dp * power - (delta_block * power)[:, None])
     if C.capped:
         ds = ds * _cap_slope(scores, C)
-    return tl.dot(ds.to(k_block.dtype), k_block, dq, input_precision=C.precision)
+    return tl.dot(ds.to(k_block.dtype), k_block, dq, input_precision=_PRECISION)
 
 
 @triton.jit
@@ -390,20 +392,18 @@ def _queries_program(
 @triton.jit
 @no_type_check
 def backward_kernel(
-    q, k, v, do, lse, delta, powers,
-    k_q_marks, k_kv_marks, k_active, k_counts, k_order,
-    q_q_marks, q_kv_marks, q_active, q_counts, q_order,
-    before_dq, before_dk, before_dv, dq, dk, dv, C: tl.constexpr, D: tl.constexpr,
+    q, k, v, do, lse, delta, powers, q_marks, kv_marks, k_active, k_counts, k_order, q_active,
+    q_counts, q_order, before_dq, before_dk, before_dv, dq, dk, dv, C: tl.constexpr,
 ):  # fmt: skip
-    """A block of keys, cut and masked as C and `k_...` say; or of queries: D and `q_...`."""
+    """A block of keys, with its blocks of queries `k_active`; or of queries: `q_active`."""
     program = tl.program_id(0)
     if program < C.key_programs:
         _keys_program(
-            program, q, k, v, do, lse, delta, powers, k_q_marks, k_kv_marks, k_active, k_counts,
+            program, q, k, v, do, lse, delta, powers, q_marks, kv_marks, k_active, k_counts,
             k_order, before_dk, before_dv, dk, dv, C,
         )  # fmt: skip
     else:
         _queries_program(
-            program - C.key_programs, q, k, v, do, lse, delta, powers, q_q_marks, q_kv_marks,
-            q_active, q_counts, q_order, before_dq, dq, D,
+            program - C.key_programs, q, k, v, do, lse, delta, powers, q_marks, kv_marks, q_active,
+            q_counts, q_order, before_dq, dq, C,
         )  # fmt: skip

@@ -18,14 +18,14 @@ class Call(NamedTuple):
 
     Attributes:
         kernel: its name in `_kernels`.
-        constants: by the names of its parameters.
+        sizes: its constants.
         programs: how many there are.
         launch: the chip, warps and stages.
         aliases: number of an operand -> number of the result that takes its memory.
     """
 
     kernel: str
-    constants: Mapping[str, Sizes]
+    sizes: Sizes
     programs: int
     launch: Launch
     aliases: Mapping[int, int]
@@ -67,7 +67,7 @@ def _compiled(
         num_stages=call.launch.stages,
         compute_capability=call.launch.capability,
         input_output_aliases=dict(call.aliases),
-        **call.constants,
+        C=call.sizes,
     )
 
 
@@ -77,7 +77,7 @@ def _interpreted(
     from burst_kernels.triton import _interpret
 
     function = functools.partial(
-        _interpret.interpret, call.kernel, call.constants, call.programs, results=types,
+        _interpret.interpret, call.kernel, call.sizes, call.programs, results=types,
         aliases=call.aliases,
     )  # fmt: skip
     return jax.pure_callback(lambda *x: function(operands=x), types, *operands)

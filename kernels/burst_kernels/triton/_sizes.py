@@ -14,7 +14,6 @@ class Sizes:
         block_q, block_kv: tokens of a block.
         scale: factor on q k^T, > 0.
         soft_cap: scores become `cap * tanh(scores / cap)`; 0: no cap.
-        precision: of a product of float32 operands, as Triton names it.
         listed: whether there are lists of active blocks and marks of tokens; else every pair
             counts.
         per_sequence: whether each sequence has its own mask.
@@ -35,7 +34,6 @@ class Sizes:
     block_kv: int
     scale: float
     soft_cap: float
-    precision: str
     listed: bool
     per_sequence: bool
     last: bool

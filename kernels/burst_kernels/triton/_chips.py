@@ -1,0 +1,105 @@
+"""Which GPUs run the Triton kernels, what they have, and what is refused there."""
+
+import functools
+import importlib.metadata
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from burst_kernels._problem import Problem
+
+_INSTALL = "pip install 'burst-jax[triton]'"
+_ELSEWHERE = "The `xla` tile computes it: implementation='xla', or None."
+_GREATEST_HEAD_DIM = 256
+# For older GPUs Triton 3.9 makes matrix products of plain arithmetic: no mma.sync in its PTX.
+_OLDEST = 80
+
+# Shared memory of a block of threads, after NVIDIA's table of compute capabilities.
+_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+
+# Where JAX's CUDA comes from wheels, the one with the assembler, by the major release of CUDA.
+_ASSEMBLERS = ("nvidia-cuda-nvcc", "nvidia-cuda-nvcc-cu12")
+
+
+def capability_of(chip_name: str) -> int | None:
+    """80 for sm_80; None for what is no NVIDIA GPU."""
+    found = re.fullmatch(r"sm_(\d+)", chip_name)
+    return None if found is None else int(found.group(1))
+
+
+def shared_bytes(capability: int) -> int:
+    """Shared memory of a block of threads; of a chip that is not known, the least of newer ones."""
+    return 1024 * _KIB.get(capability, 99)
+
+
+def unavailable(chip_name: str) -> str | None:
+    """Why a chip cannot run the kernels, in a sentence; None where it can."""
+    capability = capability_of(chip_name)
+    if capability is None:
+        return f"it is for NVIDIA GPUs, and {chip_name} is none."
+    if capability < _OLDEST:
+        return (
+            f"Triton uses tensor cores from sm_{_OLDEST} on, and {chip_name} is older: there XLA's "
+            f"own products are faster. {_ELSEWHERE}"
+        )
+    if not installed():
+        return f"it needs jax_triton, which is not installed: {_INSTALL}. {_ELSEWHERE}"
+    return _assembler_too_old(capability)
+
+
+def installed() -> bool:
+    """Whether the extra is there; nothing is imported to find out."""
+    return all(importlib.util.find_spec(name) is not None for name in ("triton", "jax_triton"))
+
+
+def refuses(problem: Problem, chip_name: str) -> str | None:
+    """Why such tiles cannot be done on that chip, in a sentence; None where they can."""
+    if (reason := unavailable(chip_name)) is not None:
+        return reason
+    dtype = jnp.dtype(problem.dtype)
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"it takes bfloat16, float16 and float32, and this is {dtype.name}. {_ELSEWHERE}"
+    if max(problem.H, problem.Hv) > _GREATEST_HEAD_DIM:
+        return (
+            f"head dims over {_GREATEST_HEAD_DIM} leave no registers for a row of the output, and "
+            f"this has H={problem.H}, Hv={problem.Hv}. {_ELSEWHERE}"
+        )
+    return None
+
+
+@functools.cache
+def _assembler_too_old(capability: int) -> str | None:
+    """Triton writes PTX for its own assembler; JAX's, which assembles it, must know it too."""
+    found = {name: _version(name) for name in _ASSEMBLERS}
+    name, has = max(found.items(), key=lambda item: item[1])
+    needs = _tritons_assembler("ptxas-blackwell" if capability >= 90 else "ptxas")
+    if has == (0, 0) or has >= needs:  # CUDA that is no wheel may be of any release
+        return None
+    return (
+        f"Triton writes for the assembler of CUDA {needs[0]}.{needs[1]} here, and JAX's is of "
+        f"{has[0]}.{has[1]}: pip install '{name}>={needs[0]}.{needs[1]}'. {_ELSEWHERE}"
+    )
+
+
+def _version(distribution: str) -> tuple[int, int]:
+    try:
+        found = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return 0, 0
+    major, minor, *_ = found.split(".")
+    return int(major), int(minor)
+
+
+def _tritons_assembler(name: str) -> tuple[int, int]:
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return 0, 0
+    path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
+    if not path.exists():
+        return 0, 0
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    release = re.search(r"release (\d+)\.(\d+)", done.stdout)
+    return (int(release.group(1)), int(release.group(2))) if release else (0, 0)
