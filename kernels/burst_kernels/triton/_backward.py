@@ -33,7 +33,7 @@ def tile_backward(
         return _backward(problem, *arrays, tile, tiles_for(problem, config))
 
     onto = onto or (None, None, None)
-    dq, dk, dv = mapped(backward, stacked=v is None)((q, k, v, do, lse, delta, onto), tile)
+    dq, dk, dv = mapped(backward, (q, k, v, do, lse, delta, onto), tile)
     return dq, dk, dv
 
 

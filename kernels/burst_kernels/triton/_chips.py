@@ -42,8 +42,8 @@ def unavailable(chip_name: str) -> str | None:
         return f"it is for NVIDIA GPUs, and {chip_name} is none."
     if capability < _OLDEST:
         return (
-            f"Triton uses tensor cores from sm_{_OLDEST} on, and {chip_name} is older: there XLA's "
-            f"own products are faster. {_ELSEWHERE}"
+            f"Triton multiplies on tensor cores from sm_{_OLDEST} on; on {chip_name} it would "
+            f"without them, and XLA's products use them. {_ELSEWHERE}"
         )
     if not installed():
         return f"it needs jax_triton, which is not installed: {_INSTALL}. {_ELSEWHERE}"

@@ -26,7 +26,8 @@ def tile_forward(
         problem = problem_of(q, *apart(k, v), tile)
         return _forward(problem, q, k, v, tile, tiles_for(problem, config), onto)
 
-    return mapped(forward, stacked=v is None)((q, k, v, onto), tile)
+    out, lse = mapped(forward, (q, k, v, onto), tile)
+    return out, lse
 
 
 def _forward(

@@ -106,14 +106,14 @@ def _put_right() -> Iterator[None]:
     builder = interpreter.interpreter_builder
     cast, convert = builder.cast_impl, builder.create_fp_to_fp
 
-    def to(x: Any, target: Any) -> Any:
+    def to(x: Any, target: Any, otherwise: Any) -> Any:
         if _narrow(x.dtype) == _narrow(target):
-            return None
+            return otherwise()
         if _narrow(target):
-            rounded = x.data.astype(np.float32).astype(_BFLOAT16).view(np.uint16)
-            return interpreter.TensorHandle(rounded, target.scalar)
-        wide = _wide(x).astype(interpreter._get_np_dtype(target.scalar))
-        return interpreter.TensorHandle(wide, target.scalar)
+            data = x.data.astype(np.float32).astype(_BFLOAT16).view(np.uint16)
+        else:
+            data = _wide(x).astype(interpreter._get_np_dtype(target.scalar))
+        return interpreter.TensorHandle(data, target.scalar)
 
     def dot(a: Any, b: Any, acc: Any, precision: Any, imprecise: Any) -> Any:
         product = functools.partial(np.matmul, dtype=np.float32)
@@ -126,8 +126,8 @@ def _put_right() -> Iterator[None]:
         return interpreter.TensorHandle(found + acc.data, acc.dtype.scalar)
 
     replaced = {
-        (builder, "cast_impl"): lambda x, target: to(x, target) or cast(x, target),
-        (builder, "create_fp_to_fp"): lambda x, t, how: to(x, t) or convert(x, t, how),
+        (builder, "cast_impl"): lambda x, t: to(x, t, lambda: cast(x, t)),
+        (builder, "create_fp_to_fp"): lambda x, t, how: to(x, t, lambda: convert(x, t, how)),
         (builder, "create_dot"): dot,
         # Compiled functions of Triton's own.
         (tl, "max"): lambda x, axis: tl.reduce(x, axis, tl.standard._elementwise_max),

@@ -1,5 +1,7 @@
 """What all kernels take: constants, the mask's lists and marks; and what vmap makes of it."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -64,53 +66,51 @@ def sizes_of(
     )  # fmt: skip
 
 
-def mapped(function: Callable[..., Any], stacked: bool) -> Callable[..., Any]:
-    """`function(arrays, tile)` that `jax.vmap` can map: the mapped axis becomes sequences.
+def mapped(
+    function: Callable[..., tuple[Array, ...]], arrays: tuple, tile: Tile
+) -> tuple[Array, ...]:
+    """`function(arrays, tile)`, for `jax.vmap` to map: the mapped axis becomes sequences.
 
     Args:
-        function: of a tree of arrays, sequences first, and of a tile; gives such arrays.
-        stacked: whether the second array, k, is [2, B, ...], see the tile contract.
+        function: gives arrays, sequences first.
+        arrays: a tree, sequences first; but the second, k, is [2, B, ...] where the third, v, is
+            None: see the tile contract.
+        tile: the tile.
     """
-    call = jax.custom_batching.custom_vmap(function)
+    stacked = arrays[2] is None
+    names = ("q_positions", "kv_positions", "q_segments", "kv_segments")
+
+    @jax.custom_batching.custom_vmap
+    def call(arrays: tuple, mask: dict[str, Array]) -> tuple[Array, ...]:
+        return function(arrays, dataclasses.replace(tile, **mask))
 
     @call.def_vmap
-    def rule(axis_size: int, batched: Any, arrays: Any, tile: Tile) -> tuple[Any, Any]:
-        of_arrays, of_tile = batched
-        B = arrays[0].shape[1 if of_arrays[0] else 0]
-
-        def fold(x: Array, is_mapped: bool, axis: int = 0) -> Array:
-            """The mapped axis, now the first, before `axis` and merged with it."""
-            x = x if is_mapped else jnp.broadcast_to(x, (axis_size, *x.shape))
-            x = jnp.moveaxis(x, 0, axis)
-            return x.reshape(*x.shape[:axis], axis_size * x.shape[axis + 1], *x.shape[axis + 2 :])
-
-        def fold_rows(x: Array, is_mapped: bool, axis: int) -> Array:
-            """Of the mask; a row that all sequences share stays one."""
-            rows = axis + is_mapped
-            if not is_mapped and x.shape[rows] == 1:
-                return x
-            shape = list(x.shape)
-            shape[rows] = B
-            return fold(jnp.broadcast_to(x, shape), is_mapped, axis)
-
-        folded = list(map(lambda x, m: jax.tree.map(fold, x, m), arrays, of_arrays))
+    def rule(axis_size: int, batched: Any, arrays: Any, mask: Any) -> tuple[Any, Any]:
+        B = arrays[0].shape[batched[0][0]]
+        fold = functools.partial(_fold, axis_size)
+        folded = list(jax.tree.map(fold, arrays, batched[0]))
         if stacked:
-            folded[1] = fold(arrays[1], of_arrays[1], 1)
-        axes = dict(q_positions=0, kv_positions=0, q_segments=1, kv_segments=1)
-        rows = {
-            name: fold_rows(getattr(tile, name), getattr(of_tile, name), axis)
-            for name, axis in axes.items()
-            if getattr(tile, name) is not None
-        }
-        found = call(tuple(folded), _with(tile, rows))
+            folded[1] = fold(arrays[1], batched[0][1], axis=1)
+
+        def fold_rows(name: str) -> Array:
+            """Of the mask; a row that all sequences share stays one."""
+            x, is_mapped, axis = mask[name], batched[1][name], int(name.endswith("segments"))
+            rows = axis + is_mapped
+            if x.shape[rows] == 1 and not is_mapped:
+                return x
+            of_each = (*x.shape[:rows], B, *x.shape[rows + 1 :])
+            return fold(jnp.broadcast_to(x, of_each), is_mapped, axis=axis)
+
+        found = call(tuple(folded), {name: fold_rows(name) for name in mask})
         found = jax.tree.map(lambda x: x.reshape(axis_size, B, *x.shape[1:]), found)
         return found, jax.tree.map(lambda _: True, found)
 
-    return call
+    mask = {name: getattr(tile, name) for name in names if getattr(tile, name) is not None}
+    return call(arrays, mask)
 
 
-def _with(tile: Tile, arrays: dict[str, Array]) -> Tile:
-    static = dict(
-        scale=tile.scale, logits_soft_cap=tile.logits_soft_cap, left=tile.left, right=tile.right
-    )
-    return Tile(**static, **arrays)
+def _fold(axis_size: int, x: Array, is_mapped: bool, axis: int = 0) -> Array:
+    """The mapped axis, which is the first, put before `axis` and merged with it."""
+    x = x if is_mapped else jnp.broadcast_to(x, (axis_size, *x.shape))
+    x = jnp.moveaxis(x, 0, axis)
+    return x.reshape(*x.shape[:axis], axis_size * x.shape[axis + 1], *x.shape[axis + 2 :])
