@@ -31,8 +31,8 @@ _FORWARD = {
     (128, 2): (Cut(128, 64, 8, 3), Cut(128, 64, 8, 2), Cut(64, 32, 4, 2), Cut(64, 32, 4, 1)),
     (256, 2): (Cut(64, 64, 8, 2), Cut(64, 32, 8, 2), Cut(32, 32, 4, 1)),
     (64, 4): (Cut(64, 32, 4, 2), Cut(32, 32, 4, 1)),
-    (128, 4): (Cut(64, 32, 8, 2), Cut(32, 32, 4, 2), Cut(32, 16, 4, 1)),
-    (256, 4): (Cut(32, 16, 4, 2), Cut(16, 16, 4, 1)),
+    (128, 4): (Cut(32, 32, 4, 2), Cut(16, 16, 4, 1)),
+    (256, 4): (Cut(16, 16, 4, 1),),
 }
 _BACKWARD = {
     (64, 2): (Cut(64, 64, 4, 3), Cut(64, 64, 4, 2), Cut(64, 64, 4, 1)),
@@ -40,7 +40,7 @@ _BACKWARD = {
     (256, 2): (Cut(32, 32, 4, 2), Cut(16, 32, 4, 1)),
     (64, 4): (Cut(32, 32, 4, 2), Cut(32, 32, 4, 1)),
     (128, 4): (Cut(32, 32, 8, 2), Cut(16, 16, 4, 1)),
-    (256, 4): (Cut(16, 16, 4, 2), Cut(16, 16, 4, 1)),
+    (256, 4): (Cut(16, 16, 4, 1),),
 }
 
 
@@ -163,21 +163,26 @@ def smem_bytes(problem: Problem, capability: int, cut: Cut, backward: bool) -> i
     """Shared memory that Triton takes for a kernel, at most.
 
     What stays (queries; or keys of the backward) and what passes by in the buffers of the stages;
-    probabilities on their way from one product to the next; lse, delta and marks of what passes
-    by. Found by compiling, and held to it by tests marked `aot`.
+    probabilities and score gradients on their way from one product to the next; lse, delta and
+    marks of what passes by. Found by compiling, and held to it by tests marked `aot`.
     """
     item = jnp.dtype(problem.dtype).itemsize
-    wide, both = power_of_two(problem.H), power_of_two(problem.H) + power_of_two(problem.Hv)
+    wide, wide_v = power_of_two(problem.H), power_of_two(problem.Hv)
     # On Hopper and Blackwell tensor cores read a block from memory while the next one arrives.
     buffers = cut.stages if 90 <= capability < 120 else max(1, cut.stages - 1)
-    marks = (3 + problem.kinds) * 4 * buffers
-    pair = cut.block_q * cut.block_kv
-    by_q = cut.block_q * (both if backward else wide) + buffers * cut.block_kv * both
-    elements, tokens = by_q + pair, cut.block_kv
+    buffers += backward and 100 <= capability < 120
+
+    def half(stays: int, width: int, passes: int) -> int:
+        return stays * width + buffers * passes * (wide + wide_v)
+
+    elements = half(cut.block_q, wide + wide_v if backward else wide, cut.block_kv)
+    tokens, marks = cut.block_kv, 3 + problem.kinds
     if backward:  # the half that walks over queries, and that which walks over keys
-        by_kv = cut.block_kv * both + buffers * cut.block_q * both
-        elements, tokens = max(by_q, by_kv) + pair, max(cut.block_q, cut.block_kv)
-        marks += 2 * 4 * buffers
-    if cut.stages == 1:
-        elements += cut.block_q * wide
-    return elements * item + tokens * marks
+        elements = max(elements, half(cut.block_kv, wide + wide_v, cut.block_q))
+        tokens, marks = max(cut.block_q, cut.block_kv), marks + 2
+    if item == 4:  # operands go through memory to lie as tensor cores want them
+        elements += 2 * max(cut.block_q, cut.block_kv) * max(wide, wide_v)
+    else:
+        elements += cut.block_q * cut.block_kv
+        elements += cut.block_q * wide if cut.stages == 1 else 0
+    return elements * item + tokens * marks * 4 * buffers
