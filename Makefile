@@ -76,12 +76,12 @@ test-slow:  ## the slow tests, planted bugs and peers among them
 	$(call setup,$(TEST_EXTRAS) bench)
 	@$(call pytest,$(SLOW))
 
-test-kernels:  ## the kernels of TPUs and GPUs, interpreted on CPU (GPUs: with JAX=0.12 and its Python)
-	$(call setup,$(TEST_EXTRAS))
+test-kernels:  ## the kernels of TPUs and GPUs, interpreted on CPU (Hopper's: with JAX=0.12 and its Python)
+	$(call setup,$(TEST_EXTRAS) triton)
 	@$(call pytest,$(KERNEL))
 
 test-aot:  ## compile for TPUs and GPUs that are not here
-	$(call setup,$(TEST_EXTRAS) aot aot-gpu,$(VENV)-aot)
+	$(call setup,$(TEST_EXTRAS) aot aot-gpu triton,$(VENV)-aot)
 	@export $(AOT_ENVIRONMENT); $(call pytest,aot,$(VENV)-aot)
 
 lint:  ## format, lint and types
@@ -115,7 +115,7 @@ setup:  ## only make the environment that `make test` uses
 	$(call setup,$(TEST_EXTRAS))
 
 setup-aot:
-	$(call setup,$(TEST_EXTRAS) aot aot-gpu,$(VENV)-aot)
+	$(call setup,$(TEST_EXTRAS) aot aot-gpu triton,$(VENV)-aot)
 
 clean:  ## remove the environments and what the tools left
 	rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache .hypothesis

@@ -21,10 +21,9 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import burst_jax.aot
-from burst_kernels import CHIPS, FULL, PARTIAL, Tile, TileConfig, mosaic_gpu
+from burst_kernels import CHIPS, FULL, PARTIAL, Tile, TileConfig, _active, mosaic_gpu
 from burst_kernels._problem import Problem
 from burst_kernels._tile import visible
-from burst_kernels import _active
 
 HOPPER = TileConfig(chip="sm_90")
 

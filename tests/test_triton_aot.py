@@ -137,9 +137,7 @@ def build(call: _launch.Call, types: list[str], problem: Problem, where: Path) -
 
 
 @pytest.fixture
-def built(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[Any]:
+def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """(chip, dtype, H, mask) -> the kernels of a tile, compiled afresh."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from burst_kernels._active import BlockMask, block_mask, whole
 from burst_kernels._config import TileConfig
 from burst_kernels._operands import apart, powers_of_two, varying_as
 from burst_kernels._tile import Onto, Tile
-from burst_kernels._active import BlockMask, block_mask, whole
 from burst_kernels.mosaic_gpu._backward_blocks import Cut, Operands
 from burst_kernels.mosaic_gpu._backward_kv import backward_kv
 from burst_kernels.mosaic_gpu._backward_wide import backward_wide

@@ -34,12 +34,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from burst_kernels._active import block_mask, whole
 from burst_kernels._chips import chip_at_hand
 from burst_kernels._config import TileConfig
 from burst_kernels._operands import apart, varying_as
 from burst_kernels._problem import problem_of
 from burst_kernels._tile import Tile
-from burst_kernels._active import block_mask, whole
 from burst_kernels.mosaic_gpu._attend import Forward, Refs, attend
 from burst_kernels.mosaic_gpu._config import ATTENDING, blocks_of, configure, refuses
 from burst_kernels.mosaic_gpu._memory import scalar, together

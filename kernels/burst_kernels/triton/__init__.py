@@ -7,9 +7,9 @@ from jaxtyping import Array, Float
 
 from burst_kernels._config import TileConfig
 from burst_kernels._tile import Onto, Tile
-from burst_kernels.triton._config import configure as configure
 from burst_kernels.triton._chips import refuses as refuses
 from burst_kernels.triton._chips import unavailable as unavailable
+from burst_kernels.triton._config import configure as configure
 
 
 def tile_forward(

@@ -29,26 +29,17 @@ def tile_backward(
     """Gradients of one tile, given the whole row's lse and delta. See the tile contract."""
 
     def backward(arrays: tuple, tile: Tile) -> tuple[Array, ...]:
-        problem = problem_of(arrays[0], *apart(*arrays[1:3]), tile)
-        return _backward(problem, *arrays, tile, tiles_for(problem, config))
+        q, k, v, *_ = arrays
+        problem = problem_of(q, *apart(k, v), tile)
+        return _backward(problem, arrays, tile, tiles_for(problem, config))
 
     onto = onto or (None, None, None)
     dq, dk, dv = mapped(backward, (q, k, v, do, lse, delta, onto), tile)
     return dq, dk, dv
 
 
-def _backward(
-    problem: Problem,
-    q: Array,
-    k: Array,
-    v: Array | None,
-    do: Array,
-    lse: Array,
-    delta: Array,
-    onto: Onto,
-    tile: Tile,
-    tiles: Tiles,
-) -> tuple[Array, ...]:
+def _backward(problem: Problem, arrays: tuple, tile: Tile, tiles: Tiles) -> tuple[Array, ...]:
+    q, k, v, do, lse, delta, onto = arrays
     p, powers = problem, None
     if q.dtype == jnp.float16:  # score gradients overflow it
         powers = powers_of_two(do, k[1] if v is None else v, lse, delta)
@@ -69,7 +60,8 @@ def _backward(
     by_keys = None if mask is None else mask.queries_of_keys()
     by_queries = None if mask is None else mask.keys_of_queries()
     operands = (
-        q, k, k if v is None else v, do, lse, delta, q if powers is None else powers, *mask_operands(mask, by_keys, q),
+        q, k, k if v is None else v, do, lse, delta, q if powers is None else powers,
+        *mask_operands(mask, by_keys, q),
         *mask_operands(mask, by_queries, q)[2:], *(q if x is None else x for x in onto),
     )  # fmt: skip
     rows = (p.B, p.K, p.s)

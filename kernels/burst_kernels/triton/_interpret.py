@@ -23,9 +23,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import triton
-import triton.language as tl
-from triton.runtime import interpreter
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from triton import knobs  # pyright: ignore[reportMissingImports]
+from triton.runtime import interpreter  # pyright: ignore[reportMissingImports]
 
 from burst_kernels.triton._sizes import Sizes
 
@@ -70,12 +70,12 @@ def _module() -> ModuleType:
     spec = importlib.util.spec_from_file_location("burst_kernels_triton_interpreted", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    before = triton.knobs.runtime.interpret
-    triton.knobs.runtime.interpret = True
+    before = knobs.runtime.interpret
+    knobs.runtime.interpret = True
     try:
         spec.loader.exec_module(module)
     finally:
-        triton.knobs.runtime.interpret = before
+        knobs.runtime.interpret = before
     return module
 
 

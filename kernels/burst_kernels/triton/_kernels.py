@@ -24,14 +24,14 @@ maximum is taken off.
 
 `C` is `Sizes`: constants. Offsets of whole blocks are int64, those inside a block int32. A pointer
 that a kernel does not need is that of q. Triton reads the sources of these functions, so nothing
-may wrap them, what checks types in the tests neither: hence `no_type_check`.
+may wrap them, not even what checks types in tests: hence `no_type_check`.
 """
 
 import math
 from typing import no_type_check
 
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 _LN_2 = tl.constexpr(math.log(2.0))
 _LOG2_E = tl.constexpr(math.log2(math.e))
@@ -79,14 +79,6 @@ def _capped(scores, C: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _cap_slope(capped, C: tl.constexpr):
-    """d capped / d scores, from the capped scores."""
-    ratio = capped * (1.0 / C.soft_cap)
-    return 1.0 - ratio * ratio
-
-
-@triton.jit
-@no_type_check
 def _seen(q_at, kv_at, C: tl.constexpr, TURNED: tl.constexpr):
     """Which pairs count; q_at, kv_at: where the first mark of each token lies; TURNED: k first."""
     if TURNED:
@@ -108,11 +100,30 @@ def _seen(q_at, kv_at, C: tl.constexpr, TURNED: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _block(active, n, C: tl.constexpr):
-    """The n-th active block. Loops read it a turn ahead: then copies of its tokens wait for nothing.
+def _listed(
+    block, sequence, q_marks, kv_marks, active, counts, order, BLOCKS: tl.constexpr,
+    OTHERS: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """A block of BLOCKS, the heaviest first; how many of OTHERS are FULL, how many count with it.
 
-    Where it is read in the turn that uses it, Triton's compiler spends one of its stages on it.
+    And where their numbers are listed, and the marks of this sequence.
     """
+    full, total = OTHERS, OTHERS
+    if C.listed:
+        mask_row = sequence * C.per_sequence
+        block = tl.load(order + mask_row * BLOCKS + block)
+        listed = mask_row * BLOCKS + block
+        full, total = tl.load(counts + listed * 2), tl.load(counts + listed * 2 + 1)
+        active += listed.to(tl.int64) * OTHERS
+        q_marks += mask_row.to(tl.int64) * ((C.q_rows + C.kinds) * C.q_tokens)
+        kv_marks += mask_row.to(tl.int64) * ((C.kv_rows + C.kinds) * C.kv_tokens)
+    return block, full, total, active, q_marks, kv_marks
+
+
+@triton.jit
+@no_type_check
+def _block(active, n, C: tl.constexpr):
+    """The n-th active block. Loops read it a turn ahead, so that no stage is spent on it."""
     return tl.load(active + n) if C.listed else n
 
 
@@ -153,16 +164,9 @@ def forward_kernel(
     # Blocks are the fastest: programs that run together read the same keys.
     row, block = tl.program_id(0) // C.num_q, tl.program_id(0) % C.num_q
     sequence, head = row // C.N, row % C.N
-    if C.listed:
-        mask_row = sequence * C.per_sequence
-        block = tl.load(order + mask_row * C.num_q + block)
-        listed = mask_row * C.num_q + block
-        full, total_blocks = tl.load(counts + listed * 2), tl.load(counts + listed * 2 + 1)
-        active += listed.to(tl.int64) * C.num_kv
-        q_marks += mask_row.to(tl.int64) * ((C.q_rows + C.kinds) * C.q_tokens)
-        kv_marks += mask_row.to(tl.int64) * ((C.kv_rows + C.kinds) * C.kv_tokens)
-    else:
-        full, total_blocks = C.num_kv, C.num_kv
+    block, full, total_blocks, active, q_marks, kv_marks = _listed(
+        block, sequence, q_marks, kv_marks, active, counts, order, C.num_q, C.num_kv, C
+    )
     first = block * C.block_q
     left = C.T - first
     rows = tl.arange(0, C.block_q)
@@ -172,6 +176,7 @@ def forward_kernel(
     v += C.v_at + kv_row * (C.S * C.Hv)
     at = row.to(tl.int64) * C.T + first
     q_block = _load(q + at * C.H, left, C.block_q, C.H, C.wide, C.even_q)
+    LOOPS: tl.constexpr = C.loops
     if C.onto[0]:
         m = tl.load(before_lse + at + rows, mask=rows < left, other=-_INF) * (1.0 / C.factor)
         total = tl.where(m == -_INF, 0.0, 1.0)
@@ -182,14 +187,10 @@ def forward_kernel(
         acc = tl.full((C.block_q, C.wide_v), 0.0, tl.float32)
     last = total_blocks - 1
     j = _block(active, 0, C)
-    for n in tl.range(0, full):
-        ahead = _block(active, tl.minimum(n + 1, last), C)
-        m, total, acc = _attend(m, total, acc, q_block, k, v, j, q_marks, kv_marks, C, False)
-        j = ahead
-    if C.listed:
-        for n in tl.range(full, total_blocks):
+    for MASKED in tl.static_range(LOOPS):
+        for n in tl.range(full * MASKED, total_blocks if MASKED else full):
             ahead = _block(active, tl.minimum(n + 1, last), C)
-            m, total, acc = _attend(m, total, acc, q_block, k, v, j, q_marks, kv_marks, C, True)
+            m, total, acc = _attend(m, total, acc, q_block, k, v, j, q_marks, kv_marks, C, MASKED)
             j = ahead
     saw = total > 0.0
     total = tl.where(saw, total, 1.0)
@@ -224,6 +225,27 @@ def _probability(scores, bound, C: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _powers(powers, C: tl.constexpr):
+    """The power of two that score gradients are multiplied by, and its inverse."""
+    power, inverse = 1.0, 1.0
+    if C.powers:
+        power, inverse = tl.load(powers), tl.load(powers + 1)
+    return power, inverse
+
+
+@triton.jit
+@no_type_check
+def _score_gradient(p, dp, delta, scores, power, C: tl.constexpr):
+    """ds times a power of two, from capped scores."""
+    ds = p * (dp * power - delta * power)
+    if C.capped:
+        ratio = scores * (1.0 / C.soft_cap)
+        ds = ds * (1.0 - ratio * ratio)
+    return ds
+
+
+@triton.jit
+@no_type_check
 def _keys_step(
     dk, dv, k_block, v_block, q, do, lse, delta, power, row, i, q_marks, kv_marks,
     C: tl.constexpr, MASKED: tl.constexpr,
@@ -242,9 +264,7 @@ def _keys_step(
     do_block = _load(do + at * C.Hv, left, C.block_q, C.Hv, C.wide_v, C.even_q)
     dv = tl.dot(p.to(do_block.dtype), do_block, dv, input_precision=_PRECISION)
     dp = tl.dot(v_block, tl.trans(do_block), input_precision=_PRECISION)
-    ds = p * (dp * power - (delta_block * power)[None, :])
-    if C.capped:
-        ds = ds * _cap_slope(scores, C)
+    ds = _score_gradient(p, dp, delta_block[None, :], scores, power, C)
     dk = tl.dot(ds.to(q_block.dtype), q_block, dk, input_precision=_PRECISION)
     return dk, dv
 
@@ -258,49 +278,35 @@ def _keys_program(
     """A block of keys of one kv head: dk and dv."""
     row, block = program // C.num_kv, program % C.num_kv
     sequence = row // C.K
-    if C.listed:
-        mask_row = sequence * C.per_sequence
-        block = tl.load(order + mask_row * C.num_kv + block)
-        listed = mask_row * C.num_kv + block
-        full = tl.load(counts + listed * 2)
-        partial = tl.load(counts + listed * 2 + 1) - full
-        active += listed.to(tl.int64) * C.num_q
-        q_marks += mask_row.to(tl.int64) * ((C.q_rows + C.kinds) * C.q_tokens)
-        kv_marks += mask_row.to(tl.int64) * ((C.kv_rows + C.kinds) * C.kv_tokens)
-    else:
-        full, partial = C.num_q, 0
+    block, full, total_blocks, active, q_marks, kv_marks = _listed(
+        block, sequence, q_marks, kv_marks, active, counts, order, C.num_kv, C.num_q, C
+    )
     first = block * C.block_kv
     left = C.S - first
     kv_marks = kv_marks + first + tl.arange(0, C.block_kv)
     at = row.to(tl.int64) * C.S + first
     k_block = _load(k + at * C.H, left, C.block_kv, C.H, C.wide, C.even_kv)
     v_block = _load(v + C.v_at + at * C.Hv, left, C.block_kv, C.Hv, C.wide_v, C.even_kv)
-    power, inverse = 1.0, 1.0
-    if C.powers:
-        power, inverse = tl.load(powers), tl.load(powers + 1)
+    power, inverse = _powers(powers, C)
     # Query heads of this kv head follow one another: sequence N + (row - sequence K) G = row G.
     q_row = row.to(tl.int64) * C.group
+    LOOPS: tl.constexpr = C.loops
     dk_block = tl.full((C.block_kv, C.wide), 0.0, tl.float32)
     dv_block = tl.full((C.block_kv, C.wide_v), 0.0, tl.float32)
-    # One loop over heads and blocks, so that the pipeline is filled once.
-    i = _block(active, 0, C)
-    for n in tl.range(0, C.group * full):
-        ahead = _block(active, (n + 1) % full, C)
-        dk_block, dv_block = _keys_step(
-            dk_block, dv_block, k_block, v_block, q, do, lse, delta, power, q_row + n // full, i,
-            q_marks, kv_marks, C, False,
-        )  # fmt: skip
-        i = ahead
-    if C.listed:
-        active += full
-        i = _block(active, 0, C)
-        for n in tl.range(0, C.group * partial):
-            ahead = _block(active, (n + 1) % partial, C)
+    for MASKED in tl.static_range(LOOPS):
+        count = total_blocks - full if MASKED else full
+        active += tl.minimum(full, C.num_q - 1) * MASKED  # inside the list, also if none is left
+        # One loop over heads and blocks, so that the pipeline is filled once.
+        here, n, i = q_row, 0, _block(active, 0, C)
+        for _ in tl.range(0, C.group * count):
+            wraps = n + 1 == count
+            n = tl.where(wraps, 0, n + 1)
+            ahead = _block(active, n, C)
             dk_block, dv_block = _keys_step(
-                dk_block, dv_block, k_block, v_block, q, do, lse, delta, power,
-                q_row + n // partial, i, q_marks, kv_marks, C, True,
+                dk_block, dv_block, k_block, v_block, q, do, lse, delta, power, here, i, q_marks,
+                kv_marks, C, MASKED,
             )  # fmt: skip
-            i = ahead
+            here, i = here + wraps, ahead
     dk_block = dk_block * (C.scale * inverse)
     if C.onto[1]:
         dk_block += _load(before_dk + at * C.H, left, C.block_kv, C.H, C.wide, C.even_kv)
@@ -327,9 +333,7 @@ def _queries_step(
         p = tl.where(_seen(q_marks[:, None], kv_at[None, :], C, False), p, 0.0)
     v_block = _load(v + first.to(tl.int64) * C.Hv, C.S - first, C.block_kv, C.Hv, C.wide_v, WHOLE)
     dp = tl.dot(do_block, tl.trans(v_block), input_precision=_PRECISION)
-    ds = p * (dp * power - (delta_block * power)[:, None])
-    if C.capped:
-        ds = ds * _cap_slope(scores, C)
+    ds = _score_gradient(p, dp, delta_block[:, None], scores, power, C)
     return tl.dot(ds.to(k_block.dtype), k_block, dq, input_precision=_PRECISION)
 
 
@@ -342,16 +346,9 @@ def _queries_program(
     """A block of queries of one head: dq."""
     row, block = program // C.num_q, program % C.num_q
     sequence, head = row // C.N, row % C.N
-    if C.listed:
-        mask_row = sequence * C.per_sequence
-        block = tl.load(order + mask_row * C.num_q + block)
-        listed = mask_row * C.num_q + block
-        full, total_blocks = tl.load(counts + listed * 2), tl.load(counts + listed * 2 + 1)
-        active += listed.to(tl.int64) * C.num_kv
-        q_marks += mask_row.to(tl.int64) * ((C.q_rows + C.kinds) * C.q_tokens)
-        kv_marks += mask_row.to(tl.int64) * ((C.kv_rows + C.kinds) * C.kv_tokens)
-    else:
-        full, total_blocks = C.num_kv, C.num_kv
+    block, full, total_blocks, active, q_marks, kv_marks = _listed(
+        block, sequence, q_marks, kv_marks, active, counts, order, C.num_q, C.num_kv, C
+    )
     first = block * C.block_q
     left = C.T - first
     q_marks = q_marks + first + tl.arange(0, C.block_q)
@@ -362,25 +359,17 @@ def _queries_program(
     q_block = _load(q + at * C.H, left, C.block_q, C.H, C.wide, C.even_q)
     do_block = _load(do + at * C.Hv, left, C.block_q, C.Hv, C.wide_v, C.even_q)
     bound, delta_block = _rows_of(lse, delta, at, left, C)
-    power, inverse = 1.0, 1.0
-    if C.powers:
-        power, inverse = tl.load(powers), tl.load(powers + 1)
+    power, inverse = _powers(powers, C)
+    LOOPS: tl.constexpr = C.loops
     dq_block = tl.full((C.block_q, C.wide), 0.0, tl.float32)
     last = total_blocks - 1
     j = _block(active, 0, C)
-    for n in tl.range(0, full):
-        ahead = _block(active, tl.minimum(n + 1, last), C)
-        dq_block = _queries_step(
-            dq_block, q_block, do_block, bound, delta_block, power, k, v, j, q_marks, kv_marks, C,
-            False,
-        )  # fmt: skip
-        j = ahead
-    if C.listed:
-        for n in tl.range(full, total_blocks):
+    for MASKED in tl.static_range(LOOPS):
+        for n in tl.range(full * MASKED, total_blocks if MASKED else full):
             ahead = _block(active, tl.minimum(n + 1, last), C)
             dq_block = _queries_step(
                 dq_block, q_block, do_block, bound, delta_block, power, k, v, j, q_marks, kv_marks,
-                C, True,
+                C, MASKED,
             )  # fmt: skip
             j = ahead
     dq_block = dq_block * (C.scale * inverse)

@@ -53,7 +53,7 @@ def run(
 def _compiled(
     call: Call, operands: Sequence[Array], types: tuple[jax.ShapeDtypeStruct, ...]
 ) -> Sequence[Array]:
-    import jax_triton
+    import jax_triton  # pyright: ignore[reportMissingImports]
 
     from burst_kernels.triton import _kernels
 

@@ -78,6 +78,11 @@ class Sizes:
         return self.B * self.K * self.num_kv
 
     @property
+    def loops(self) -> int:
+        """Loops over the other side: one for FULL blocks, one for PARTIAL ones if there are any."""
+        return 1 + self.listed
+
+    @property
     def even_q(self) -> bool:
         """Whether blocks divide the queries."""
         return self.T % self.block_q == 0
