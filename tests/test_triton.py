@@ -6,6 +6,7 @@ compute; not what its compiler makes of them, which `test_triton_aot.py` looks a
 
 import dataclasses
 import importlib.util
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,7 +17,9 @@ import pytest
 from gpu_cases import Case, made, of_each_row, start, turned, zigzag
 
 import burst_jax as bj
-from burst_kernels import TileConfig, triton, xla
+import burst_kernels
+from burst_kernels import Problem, TileConfig, _dispatch, triton, xla
+from burst_kernels.triton import _chips
 
 MISSING = any(importlib.util.find_spec(name) is None for name in ("triton", "jax_triton"))
 NEEDS_TRITON = pytest.mark.skipif(
@@ -283,3 +286,118 @@ def test_offsets_beyond_two_to_the_31_are_reached():
     p = np.exp(scores - scores.max(-1, keepdims=True))
     want = p @ far[1].astype(np.float64) / p.sum(-1, keepdims=True)
     assert oracle.error(out[0, 0], want) < 1e-3
+
+
+# Who computes what: nothing of this needs Triton.
+
+PROBLEM = Problem(B=1, t=256, s=256, N=4, K=2, H=128, Hv=128, dtype=jnp.dtype(jnp.bfloat16))
+GPUS = [chip for chip in burst_kernels.CHIPS if chip.startswith("sm_")]
+
+
+@pytest.fixture
+def with_extra(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
+    """Makes it look as if the extra were installed, or were not."""
+
+    def pretend(installed: bool) -> None:
+        monkeypatch.setattr(_chips, "installed", lambda: installed)
+        monkeypatch.setattr(_chips, "_assembler_too_old", lambda capability: None)
+        _dispatch._chosen.cache_clear()
+
+    yield pretend
+    _dispatch._chosen.cache_clear()
+
+
+def select(chip: str, name: str | None = None, config: TileConfig | None = None, **sizes: Any):
+    return burst_kernels.select(
+        PROBLEM._replace(**sizes), burst_kernels.chip_named(chip), name, config
+    )
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_86", "sm_89", "sm_100", "sm_120"])
+def test_gpus_that_the_hopper_tiles_do_not_know_take_triton_where_it_is_installed(chip, with_extra):
+    with_extra(True)
+    chosen = select(chip)
+    assert (chosen.name, chosen.config.chip) == ("triton", chip)
+    hash(chosen)
+    with_extra(False)
+    assert select(chip).name == "xla"
+    with pytest.raises(ValueError, match=r"it needs jax_triton.*pip install 'burst-jax\[triton\]'"):
+        select(chip, "triton")
+
+
+def test_hopper_takes_triton_for_what_its_own_tiles_refuse(with_extra):
+    with_extra(True)
+    assert select("sm_90").name == "mosaic_gpu"
+    assert select("sm_90", dtype=jnp.dtype(jnp.float32)).name == "triton"
+
+
+@pytest.mark.parametrize("chip", ["sm_70", "sm_75"])
+def test_gpus_whose_tensor_cores_triton_does_not_use_run_xla_and_say_why(chip, with_extra):
+    with_extra(True)
+    assert select(chip).name == "xla"
+    with pytest.raises(ValueError, match=r"tensor cores from sm_80 on; on sm_7"):
+        select(chip, "triton")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [(dict(dtype=jnp.dtype(jnp.float64)), "this is float64"), (dict(H=257), "over 256 leave no")],
+)
+def test_what_triton_refuses_falls_to_xla_or_is_refused_with_the_reason(sizes, reason, with_extra):
+    with_extra(True)
+    assert select("sm_80", **sizes).name == "xla"
+    with pytest.raises(ValueError, match=reason):
+        select("sm_80", "triton", **sizes)
+
+
+@pytest.mark.parametrize("chip", GPUS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dims", [(1, 1), (64, 64), (72, 128), (192, 128), (256, 256)])
+@pytest.mark.parametrize("kinds", [0, 3])
+def test_nobody_who_gave_no_block_sizes_is_told_that_they_do_not_fit(
+    chip, dtype, dims, kinds, with_extra
+):
+    with_extra(True)
+    sizes = dict(H=dims[0], Hv=dims[1], dtype=jnp.dtype(dtype), kinds=kinds, masked=True)
+    assert select(chip, **sizes).name in ("triton", "mosaic_gpu", "xla")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (TileConfig(block_q=48), r"block_q=48: the triton tiles take a power of two from 16 to"),
+        (TileConfig(block_kv_backward=8), r"block_kv_backward=8: the triton tiles take a power"),
+        (TileConfig(warps=3), r"warps=3: the triton tiles take a power of two from 1 to 16"),
+        (TileConfig(stages=9), r"stages=9: the triton tiles take from 1 to 8"),
+        (TileConfig(block_kv=256, stages=4), r"block_kv=256, stages=4\) needs \d+ bytes of shared "
+         r"memory at H=128, Hv=128; sm_86 has 101376\. These fit: \(128, 64, 3\)"),
+    ],
+)  # fmt: skip
+def test_sizes_that_do_not_fit_are_refused_with_those_that_do(config, message, with_extra):
+    with_extra(True)
+    with pytest.raises(ValueError, match=message):
+        select("sm_86", "triton", config)
+
+
+def test_what_is_given_is_taken_and_the_rest_chosen_to_fit(with_extra):
+    with_extra(True)
+    config = select("sm_80", "triton", TileConfig(block_q=64, warps=4)).config
+    assert (config.block_q, config.warps) == (64, 4)
+    assert config.block_kv and config.block_q_backward and config.block_kv_backward
+
+
+def test_an_assembler_that_is_older_than_tritons_is_reported_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(_chips, "installed", lambda: True)
+    versions = {"nvidia-cuda-nvcc": (13, 0)}
+    monkeypatch.setattr(_chips, "_version", lambda name: versions.get(name, (0, 0)))
+    releases = {"ptxas": (12, 9), "ptxas-blackwell": (13, 4)}
+    monkeypatch.setattr(_chips, "_tritons_assembler", releases.get)
+    _chips._assembler_too_old.cache_clear()
+    try:
+        assert _chips.unavailable("sm_80") is None
+        assert "pip install 'nvidia-cuda-nvcc>=13.4'" in str(_chips.unavailable("sm_100"))
+        versions.clear()  # CUDA that is no wheel
+        _chips._assembler_too_old.cache_clear()
+        assert _chips.unavailable("sm_100") is None
+    finally:
+        _chips._assembler_too_old.cache_clear()

@@ -179,17 +179,19 @@ def test_every_kernel_compiles_for_an_a100(built, dtype, H, mask):
 
 @pytest.mark.parametrize(
     ("chip", "dtype", "H"),
-    [("sm_86", "bfloat16", 64), ("sm_86", "bfloat16", 128), ("sm_89", "float16", 256),
+    [("sm_86", "bfloat16", 64), ("sm_86", "bfloat16", 128), ("sm_86", "float32", 256), ("sm_89", "float16", 256),
      ("sm_89", "float32", 128), ("sm_90", "float32", 128), ("sm_90", "bfloat16", 128),
      ("sm_100", "bfloat16", 64), ("sm_100", "bfloat16", 128), ("sm_100", "float32", 64),
      ("sm_103", "bfloat16", 256), ("sm_120", "bfloat16", 128), ("sm_120", "float16", 256)],
 )  # fmt: skip
 def test_and_for_other_gpus(built, chip, dtype, H):
-    kernels = built(chip, jnp.dtype(dtype), H, "causal")
+    # sm_86 has the least memory: with all the marks that a mask may need.
+    mask = MASKS[2] if chip == "sm_86" else "causal"
+    kernels = built(chip, jnp.dtype(dtype), H, mask)
     assert_fits(kernels, chip)
     for b in kernels:
         assert re.search(r"mma\.sync|wgmma|tcgen05\.mma", b.ptx), "products run on tensor cores"
-        if dtype != "float32" and H <= 128:
+        if dtype != "float32" and H <= 128 and mask == "causal":
             assert b.spilled == 0, (b.call.kernel, b.spilled)
 
 

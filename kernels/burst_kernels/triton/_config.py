@@ -184,6 +184,8 @@ def smem_bytes(problem: Problem, capability: int, cut: Cut, backward: bool) -> i
     if item == 4:  # operands go through memory to lie as tensor cores want them
         elements += 2 * max(cut.block_q, cut.block_kv) * max(wide, wide_v)
     else:
-        elements += cut.block_q * cut.block_kv
+        # Probabilities of 128 rows and more lie as the product with so narrow values wants them.
+        lies = not backward and cut.block_q >= 128 and wide_v <= 128 and capability < 90
+        elements += 0 if lies else cut.block_q * cut.block_kv
         elements += cut.block_q * wide if cut.stages == 1 else 0
-    return elements * item + tokens * marks * 4 * buffers
+    return elements * item + 4 * marks * (buffers * tokens + cut.block_q)

@@ -12,6 +12,7 @@ What Triton needs to do that is not a published interface, so that only this fil
 release of Triton is bounded by `pyproject.toml`.
 """
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 import functools
 import importlib.util
 import threading
@@ -23,9 +24,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import triton.language as tl  # pyright: ignore[reportMissingImports]
-from triton import knobs  # pyright: ignore[reportMissingImports]
-from triton.runtime import interpreter  # pyright: ignore[reportMissingImports]
+import triton.language as tl
+from triton import knobs
+from triton.runtime import interpreter
 
 from burst_kernels.triton._sizes import Sizes
 

@@ -27,11 +27,12 @@ that a kernel does not need is that of q. Triton reads the sources of these func
 may wrap them, not even what checks types in tests: hence `no_type_check`.
 """
 
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 import math
 from typing import no_type_check
 
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 
 _LN_2 = tl.constexpr(math.log(2.0))
 _LOG2_E = tl.constexpr(math.log2(math.e))
