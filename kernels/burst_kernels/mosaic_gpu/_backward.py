@@ -10,16 +10,17 @@ from jaxtyping import Array, Float
 
 from burst_kernels._active import BlockMask, block_mask, whole
 from burst_kernels._config import TileConfig
-from burst_kernels._operands import apart, powers_of_two, varying_as
 from burst_kernels._tile import Onto, Tile
 from burst_kernels.mosaic_gpu._backward_blocks import Cut, Operands
 from burst_kernels.mosaic_gpu._backward_kv import backward_kv
 from burst_kernels.mosaic_gpu._backward_wide import backward_wide
-from burst_kernels.mosaic_gpu._memory import together
+from burst_kernels.mosaic_gpu._memory import apart, together, varying_as
 from burst_kernels.mosaic_gpu._scores import Scores
 
 # Columns of 16-bit numbers in a row of swizzled shared memory.
 _COLUMNS = 64
+# Score gradients of float16 are scaled to stay below 2 to this power; its greatest is 2**16 - 32.
+_FLOAT16_POWER = 15
 
 
 def tile_backward(
@@ -52,7 +53,7 @@ def tile_backward(
     mask = block_mask(tile, t, s, c.block_q, c.block_kv, like=like)
     if mask is not None:
         c = c._replace(marks=mask.marks, shared_rows=mask.q.shape[0] == 1)
-    powers = powers_of_two(do, v, lse, delta) if q.dtype == jnp.float16 else None
+    powers = _powers(do, v, lse, delta) if q.dtype == jnp.float16 else None
     blind = jnp.isneginf(lse)
     bound = jnp.where(blind, jnp.inf, lse * (1.0 / c.scores.factor))
     delta = jnp.where(blind, 0.0, delta if powers is None else delta * powers[0])
@@ -116,6 +117,27 @@ def _mask_operands(mask: BlockMask | None) -> dict[str, Array]:
         return {}
     active = mask.queries_of_keys()
     return dict(q_marks=mask.q, kv_marks=mask.kv, blocks=active.blocks, counts=active.counts)
+
+
+def _powers(
+    do: Float[Array, "B N t Hv"],
+    v: Float[Array, "B K s Hv"],
+    lse: Float[Array, "B N t"],
+    delta: Float[Array, "B N t"],
+) -> Float[Array, "2"]:
+    """A power of two that brings score gradients into float16's range, and its inverse.
+
+    |ds| <= |do v| + |delta| <= max |do| max |v| + max |delta|: rows of Euclidean length. So neither
+    large gradients overflow nor those of a mean over many tokens vanish.
+    """
+
+    def longest(x: Array) -> Array:
+        return jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum(-1)).max()
+
+    bound = longest(do) * longest(v) + jnp.where(jnp.isneginf(lse), 0.0, jnp.abs(delta)).max()
+    bound = jnp.where((bound > 0.0) & jnp.isfinite(bound), bound, 1.0)
+    power = jnp.clip(_FLOAT16_POWER - jnp.ceil(jnp.log2(bound)), -100.0, 100.0)
+    return jnp.exp2(jnp.stack((power, -power)))
 
 
 def _call(c: Cut, x: Operands, like: Array) -> tuple[Array, Array, Array]:

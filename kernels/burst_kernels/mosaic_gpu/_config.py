@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from burst_kernels._config import TileConfig
 from burst_kernels._problem import Problem
+from burst_kernels._problem import problem_of as problem_of
 
 # A CTA's shared memory on sm_90 (227 KiB), without what Mosaic takes for reductions and barriers.
 _SMEM_BYTES = 227 * 1024 - 4 * 1024

@@ -37,12 +37,10 @@ from jaxtyping import Array, Float
 from burst_kernels._active import block_mask, whole
 from burst_kernels._chips import chip_at_hand
 from burst_kernels._config import TileConfig
-from burst_kernels._operands import apart, varying_as
-from burst_kernels._problem import problem_of
 from burst_kernels._tile import Tile
 from burst_kernels.mosaic_gpu._attend import Forward, Refs, attend
-from burst_kernels.mosaic_gpu._config import ATTENDING, blocks_of, configure, refuses
-from burst_kernels.mosaic_gpu._memory import scalar, together
+from burst_kernels.mosaic_gpu._config import ATTENDING, blocks_of, configure, problem_of, refuses
+from burst_kernels.mosaic_gpu._memory import apart, scalar, together, varying_as
 from burst_kernels.mosaic_gpu._scores import Scores
 
 # Registers of a thread, of 65536 / 384 = 168 each as launched: what FlashAttention-3 gives them.

@@ -12,6 +12,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
+from burst_kernels._operands import apart as apart
+from burst_kernels._operands import varying_as as varying_as
+
 # jax 0.10 demands an index beside the reference; jax 0.11 still takes one, and warns of it.
 _idx = inspect.signature(plgpu.load).parameters.get("idx")
 _INDEX = ((),) if _idx is not None and _idx.default is inspect.Parameter.empty else ()

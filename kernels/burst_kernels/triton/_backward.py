@@ -4,12 +4,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from burst_kernels._config import TileConfig
-from burst_kernels._operands import apart, powers_of_two
+from burst_kernels._operands import apart
 from burst_kernels._problem import Problem, problem_of
 from burst_kernels._tile import Onto, Tile
 from burst_kernels.triton._config import Tiles, tiles_for
 from burst_kernels.triton._launch import Call, run
-from burst_kernels.triton._operands import mapped, mask_of, mask_operands, sizes_of
+from burst_kernels.triton._operands import mapped, mask_of, mask_operands, powers_of_two, sizes_of
 
 # Operands before those that the results are added to.
 _BEFORE_ONTO = 7 + 5 + 3

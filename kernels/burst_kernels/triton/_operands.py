@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from burst_kernels._active import Active, BlockMask, block_mask
 from burst_kernels._problem import Problem
 from burst_kernels._tile import Tile
 from burst_kernels.triton._sizes import Sizes
+
+# Score gradients of float16 are scaled to stay below 2 to this power; its greatest is 2**16 - 32.
+_FLOAT16_POWER = 15
 
 
 class Mask(NamedTuple):
@@ -114,3 +117,24 @@ def _fold(axis_size: int, x: Array, is_mapped: bool, axis: int = 0) -> Array:
     x = x if is_mapped else jnp.broadcast_to(x, (axis_size, *x.shape))
     x = jnp.moveaxis(x, 0, axis)
     return x.reshape(*x.shape[:axis], axis_size * x.shape[axis + 1], *x.shape[axis + 2 :])
+
+
+def powers_of_two(
+    do: Float[Array, "B N t Hv"],
+    v: Float[Array, "B K s Hv"],
+    lse: Float[Array, "B N t"],
+    delta: Float[Array, "B N t"],
+) -> Float[Array, "2"]:
+    """A power of two that brings score gradients into float16's range, and its inverse.
+
+    |ds| <= |do v| + |delta| <= max |do| max |v| + max |delta|: rows of Euclidean length. So neither
+    large gradients overflow nor those of a mean over many tokens vanish.
+    """
+
+    def longest(x: Array) -> Array:
+        return jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum(-1)).max()
+
+    bound = longest(do) * longest(v) + jnp.where(jnp.isneginf(lse), 0.0, jnp.abs(delta)).max()
+    bound = jnp.where((bound > 0.0) & jnp.isfinite(bound), bound, 1.0)
+    power = jnp.clip(_FLOAT16_POWER - jnp.ceil(jnp.log2(bound)), -100.0, 100.0)
+    return jnp.exp2(jnp.stack((power, -power)))
