@@ -7,6 +7,7 @@ from burst_kernels._chips import chip_named as chip_named
 from burst_kernels._chips import chip_of as chip_of
 from burst_kernels._config import TileConfig as TileConfig
 from burst_kernels._dispatch import BACKENDS as BACKENDS
+from burst_kernels._dispatch import Backend as Backend
 from burst_kernels._dispatch import Chosen as Chosen
 from burst_kernels._dispatch import select as select
 from burst_kernels._dispatch import unavailable_reasons as unavailable_reasons

@@ -1,15 +1,16 @@
-"""Times the Hopper tile on this GPU beside cuDNN, tokamax and a matrix product. Not shipped.
+"""Times our tile on this GPU beside cuDNN, tokamax and a matrix product. Not shipped.
 
     python kernels/workbench/gpu_bench.py                    # everything, about half an hour
     python kernels/workbench/gpu_bench.py --tokens 16384 --head-dims 128 --what attention
     python kernels/workbench/gpu_bench.py --what hop         # tiles of a zigzag ring's hop
+    python kernels/workbench/gpu_bench.py --implementation triton
 
 One JSON line a run, printed and appended to kernels/workbench/results/. Times are the GPU's own, by
 CUPTI: the sum over all kernels that one call launches, the preparation of masks included. FLOP
 count pairs of tokens that see each other (causal once): 2 (H + Hv) a pair forward, 2 (3 H + 2 Hv)
 backward. Data are normally distributed: zeros would let the chip run faster than it does.
 
-    attention  one device's whole attention: burst (our tile), cudnn (jax.nn), tokamax (forward)
+    attention  one device's whole attention: burst (our tile, see --implementation), cudnn (jax.nn), tokamax (forward)
     hop        a tile of a causal zigzag ring after the first hop, against queries of device
                `ring // 2`: keys of the device before it, and of the one after it. `share_of_ideal`
                is its rate over the best one seen in this run for the same pass and heads on plain
@@ -33,11 +34,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import burst_kernels
-from burst_kernels import mosaic_gpu
 
 RESULTS = Path(__file__).parent / "results"
 PASSES = ("forward", "backward")
 WHAT = ("matmul", "attention", "hop")
+# Our tiles for GPUs, in order of preference.
+IMPLEMENTATIONS = ("mosaic_gpu", "triton", "xla")
 _MATMUL = 8192
 
 
@@ -82,6 +84,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--backends", nargs="+", default=["burst", "cudnn", "tokamax"],
         choices=["burst", "cudnn", "tokamax"],
+    )  # fmt: skip
+    parser.add_argument(
+        "--implementation", default=None, choices=IMPLEMENTATIONS,
+        help="our tile; by default the first that this GPU can run",
     )  # fmt: skip
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=10)
@@ -165,19 +171,28 @@ def missing(backend: str) -> str | None:
     return None
 
 
-def no_gpu() -> str | None:
-    """Why nothing can be measured on this machine, or None."""
+def implementation(wanted: str | None) -> str:
+    """Our tile to measure.
+
+    Raises:
+        SystemExit: this machine cannot run it, with the reason.
+    """
     chip = burst_kernels.chip_at_hand()
-    if (reason := mosaic_gpu.unavailable(chip.name)) is None:
-        return None
-    return (
-        f"There is nothing to time on {chip.name!r}: {reason} Run this on a machine with an H100, "
-        "H200 or H20 and jax[cuda13]."
-    )
+    reasons = burst_kernels.unavailable_reasons(chip)
+    if chip.platform != "gpu":
+        raise SystemExit(
+            f"There is nothing to time on {chip.name!r}: {reasons['mosaic_gpu']} Run this on a "
+            "machine with an NVIDIA GPU and jax[cuda13]; the Hopper tiles want an H100, H200 or "
+            "H20."
+        )
+    name = wanted or next(name for name in IMPLEMENTATIONS if reasons[name] is None)
+    if (reason := reasons[name]) is not None:
+        raise SystemExit(f"--implementation {name}: {reason}")
+    return name
 
 
-def prepared(run: Run, ring: int, dtype: str) -> Callable[[], Any]:
-    """The call to time, compiled and run once."""
+def prepared(run: Run, ring: int, dtype: str, ours: str) -> Callable[[], Any]:
+    """The call to time, compiled and run once; `ours` is the implementation of our tile."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> jax.Array:
@@ -190,24 +205,30 @@ def prepared(run: Run, ring: int, dtype: str) -> Callable[[], Any]:
     q, do = (normal(run.B, run.N, run.T, run.H) for _ in range(2))
     k, v = (normal(run.B, run.K, run.T, run.H) for _ in range(2))
     if run.backend == "burst":
-        return _burst(run, ring, q, k, v, do)
+        return _burst(run, ring, burst_kernels.BACKENDS[ours], q, k, v, do)
     return _peer(run, *(x.swapaxes(1, 2) for x in (q, k, v, do)))
 
 
 def _burst(
-    run: Run, ring: int, q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array
+    run: Run,
+    ring: int,
+    ours: burst_kernels.Backend,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    do: jax.Array,
 ) -> Callable[[], Any]:
     both = positions(run, ring)
     at = [None, None] if both is None else [jnp.asarray(x)[None] for x in both]
     tile = burst_kernels.Tile(
         scale=run.H**-0.5, right=None if both is None else 0, q_positions=at[0], kv_positions=at[1]
     )
-    forward = jax.jit(mosaic_gpu.tile_forward)
+    forward = jax.jit(ours.forward)
     if run.direction == "forward":
         return functools.partial(forward, q, k, v, tile)
     out, lse = forward(q, k, v, tile)
     delta = (out * do.astype(out.dtype)).sum(-1)
-    return functools.partial(jax.jit(mosaic_gpu.tile_backward), q, k, v, do, lse, delta, tile)
+    return functools.partial(jax.jit(ours.backward), q, k, v, do, lse, delta, tile)
 
 
 def _peer(run: Run, q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> Callable[[], Any]:
@@ -271,11 +292,15 @@ def row(run: Run, times: list[float], best: dict[Any, float], args: argparse.Nam
 
 def main() -> None:
     args = parse()
-    if (reason := no_gpu()) is not None:
-        raise SystemExit(reason)
+    ours = implementation(args.implementation)
     device = jax.devices()[0].device_kind
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
-    common = {"device": device, "date": time.strftime("%Y-%m-%d"), **versions}
+    common = {
+        "implementation": ours,
+        "device": device,
+        "date": time.strftime("%Y-%m-%d"),
+        **versions,
+    }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"gpu_bench-{device.replace(' ', '_')}-{common['date']}.jsonl"
     best: dict[Any, float] = {}
@@ -284,7 +309,7 @@ def main() -> None:
             line = run._asdict() | {"skipped": reason}
         else:
             try:
-                call = prepared(run, args.ring, args.dtype)
+                call = prepared(run, args.ring, args.dtype, ours)
                 line = row(run, seconds(call, args.rounds), best, args)
             except Exception as error:  # a peer that cannot do it must not end the others' runs
                 line = run._asdict() | {"failed": f"{type(error).__name__}: {error}"[:500]}
