@@ -328,3 +328,12 @@ def test_a_narrower_wire_is_taken_at_its_word():
 
     assert wrong_by(None) < 1e-6
     assert 1e-4 < wrong_by(jnp.bfloat16) < 2e-2
+
+
+@pytest.mark.parametrize("one_message", [False, True])
+def test_a_traveller_that_jumps_devices_and_what_it_collected_move_each_their_own_way(one_message):
+    # Offsets 1, 2, 6, 7: at the second visit the message jumps by 4, what it collected moves by 1.
+    x = oracle.inputs("jump", T=64, N=2, K=1)
+    mask, plan = bj.Mask.sliding_window(12, 12), bj.Plan(backward="q", one_message=one_message)
+    got = oracle.sharded(x, oracle.ring(8, "contiguous", length=64), mask=mask, plan=plan)
+    oracle.assert_close(got, oracle.truth(x, mask=mask), 1e-10)
