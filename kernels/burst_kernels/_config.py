@@ -16,17 +16,21 @@ class TileConfig:
             pair of blocks is computed in pieces, one after the other.
         block_compute_q: query tokens of a piece; its backward takes those of the whole block.
         block_q_backward, block_kv_backward: blocks of its backward; None: as in the forward where
-            that is given, else chosen for the backward.
+            that is given, else chosen for the backward. Also of the `triton` backend's, where None
+            is always chosen; its blocks are powers of two.
         block_compute_backward: `block_compute` of its backward.
         fused_backward: whether one kernel of that backend makes dq, dk and dv from one pass over
             the scores, or one makes dk and dv and another dq.
-        stages: blocks of keys that the `mosaic_gpu` backend has on their way or in use at once.
+        stages: blocks of keys that the `mosaic_gpu` backend has on their way or in use at once; of
+            loops of the `triton` backend, as Triton counts them. There None, as for `warps`, is
+            each kernel's own.
+        warps: of 32 threads, that compute one program of the `triton` backend.
         kv_heads: kv heads that one step of the `xla` backend computes together.
         chip: name of the chip to compile for, see `burst_kernels.CHIPS`; None: the mesh's, or
             that of JAX's default device.
-        interpret: run a chip's kernel by Pallas's interpreter on CPU: slow, for checking numbers.
-            The interpreter takes no vmap, jax.checkpoint or gradient of a scan around it; compiled
-            kernels do.
+        interpret: run a chip's kernel by Pallas's or Triton's interpreter on CPU: slow, for
+            checking numbers. Pallas's takes no vmap, jax.checkpoint or gradient of a scan around
+            it; Triton's and compiled kernels do.
 
     Raises:
         ValueError: a size is not a positive integer, or the chip is not known.

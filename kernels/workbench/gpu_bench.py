@@ -10,7 +10,7 @@ CUPTI: the sum over all kernels that one call launches, the preparation of masks
 count pairs of tokens that see each other (causal once): 2 (H + Hv) a pair forward, 2 (3 H + 2 Hv)
 backward. Data are normally distributed: zeros would let the chip run faster than it does.
 
-    attention  one device's whole attention: burst (our tile, see --implementation), cudnn (jax.nn), tokamax (forward)
+    attention  one device's whole attention: burst (our tile), cudnn (jax.nn), tokamax (forward)
     hop        a tile of a causal zigzag ring after the first hop, against queries of device
                `ring // 2`: keys of the device before it, and of the one after it. `share_of_ideal`
                is its rate over the best one seen in this run for the same pass and heads on plain
