@@ -258,6 +258,28 @@ def test_a_ring_of_triton_tiles_is_attention(layout, side):
 
 @pytest.mark.kernel
 @NEEDS_TRITON
+def test_layers_in_a_scan_are_made_again_in_their_backward():
+    x = oracle.inputs("layers", T=32, B=1, N=2, K=1, H=16, dtype=np.float32)
+    where, (q, k, v, do) = oracle.ring(2, length=32), (jnp.asarray(a) for a in x[:4])
+
+    def gradients(**kwargs: Any) -> Any:
+        def attention(q, k, v):
+            return bj.burst_attention(q, k, v, sharding=where, mask=bj.Mask.causal(), **kwargs)
+
+        def layers(q, k, v):
+            return jax.lax.scan(lambda q, _: (jax.checkpoint(attention)(q, k, v), None), q,
+                                length=2)[0]  # fmt: skip
+
+        return jax.jit(lambda *x: jax.vjp(layers, *x[:3])[1](x[3]))(q, k, v, do)
+
+    plan = bj.Plan(tile=config("interpreted"))
+    plain = gradients(implementation="xla")
+    for a, b in zip(gradients(plan=plan, implementation="triton"), plain, strict=True):
+        assert oracle.error(a, b) < 1e-5
+
+
+@pytest.mark.kernel
+@NEEDS_TRITON
 def test_offsets_beyond_two_to_the_31_are_reached():
     """The last of so many keys that their bytes, and their elements, are beyond int32."""
     from burst_kernels.triton import _interpret
