@@ -40,8 +40,9 @@ class Hardware:
 
 
 # TPUs: "How to Scale Your Model" (jax-ml/scaling-book), table of TPU specs: bfloat16 FLOP/s and
-# one-way bandwidth of one ICI link, which is what a one-way ring uses. H100: NVIDIA's data sheet
-# of the SXM5 part, dense bfloat16, half of NVLink's bidirectional 900 GB/s.
+# one-way bandwidth of one ICI link, which is what a one-way ring uses. GPUs: NVIDIA's data
+# sheets (A100 and H100: SXM parts; B200: of HGX), dense bfloat16, half of what NVLink (L4: PCIe)
+# has in both directions.
 HARDWARE = {
     name: Hardware(
         name=name, kind=kind, flop_per_s=flop, link_bytes_per_s=link, memory_bytes=memory
@@ -51,7 +52,10 @@ HARDWARE = {
         ("v5e", "tpu", 1.97e14, 4.5e10, 16e9),
         ("v5p", "tpu", 4.59e14, 9e10, 96e9),
         ("v6e", "tpu", 9.2e14, 9e10, 32e9),
+        ("a100", "gpu", 3.12e14, 3e11, 80e9),
+        ("l4", "gpu", 1.21e14, 3.2e10, 24e9),
         ("h100", "gpu", 9.89e14, 4.5e11, 80e9),
+        ("b200", "gpu", 2.25e15, 9e11, 180e9),
     )
 }
 

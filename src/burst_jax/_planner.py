@@ -30,8 +30,8 @@ def make_plan(
         sharding: where the tokens lie.
         mask: which keys count; None: all. Segments are predicted as if all were one.
         dtype: of query, key and value.
-        hardware: a name in `burst_jax._cost.HARDWARE` ("v5e", "v5p", "v6e", "v4", "h100"), or a
-            `Hardware` of your own; None: no times are predicted.
+        hardware: a name in `burst_jax._cost.HARDWARE` ("v5e", "v5p", "v6e", "v4", "a100",
+            "l4", "h100", "b200"), or a `Hardware` of your own; None: no times are predicted.
         plan: fields that you want fixed.
 
     Returns:

@@ -39,7 +39,7 @@ def unavailable(chip_name: str) -> str | None:
     """Why a chip cannot run the kernels, in a sentence; None where it can."""
     capability = capability_of(chip_name)
     if capability is None:
-        return f"it is for NVIDIA GPUs, and {chip_name} is none."
+        return f"it is for NVIDIA GPUs of a known compute capability, and {chip_name} is none."
     if capability < _OLDEST:
         return (
             f"Triton multiplies on tensor cores from sm_{_OLDEST} on; on {chip_name} it would "
