@@ -185,7 +185,7 @@ def test_every_kernel_compiles_for_an_a100(built, dtype, H, mask):
     [("sm_86", "bfloat16", 64), ("sm_86", "bfloat16", 128), ("sm_86", "float32", 256),
      ("sm_89", "float16", 256), ("sm_89", "float32", 128), ("sm_90", "float32", 128),
      ("sm_90", "bfloat16", 128),
-     ("sm_100", "bfloat16", 64), ("sm_100", "bfloat16", 128), ("sm_100", "float32", 64),
+     ("sm_100", "bfloat16", 128), ("sm_100", "float32", 64),
      ("sm_103", "bfloat16", 256), ("sm_120", "bfloat16", 128), ("sm_120", "float16", 256)],
 )  # fmt: skip
 def test_and_for_other_gpus(built, chip, dtype, H):
