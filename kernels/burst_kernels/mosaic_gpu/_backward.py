@@ -15,7 +15,7 @@ from burst_kernels.mosaic_gpu._backward_blocks import Cut, Operands
 from burst_kernels.mosaic_gpu._backward_kv import backward_kv
 from burst_kernels.mosaic_gpu._backward_wide import backward_wide
 from burst_kernels.mosaic_gpu._memory import apart, together, varying_as
-from burst_kernels.mosaic_gpu._scores import Scores
+from burst_kernels.mosaic_gpu._scores import LOG2_E, Scores
 
 # Columns of 16-bit numbers in a row of swizzled shared memory.
 _COLUMNS = 64
@@ -55,7 +55,7 @@ def tile_backward(
         c = c._replace(marks=mask.marks, shared_rows=mask.q.shape[0] == 1)
     powers = _powers(do, v, lse, delta) if q.dtype == jnp.float16 else None
     blind = jnp.isneginf(lse)
-    bound = jnp.where(blind, jnp.inf, lse * (1.0 / c.scores.factor))
+    bound = jnp.where(blind, jnp.inf, lse * LOG2_E)
     delta = jnp.where(blind, 0.0, delta if powers is None else delta * powers[0])
     k, v = (whole(x, 2, c.block_kv) for x in (k, v)) if both is None else (both, both)
     operands = Operands(

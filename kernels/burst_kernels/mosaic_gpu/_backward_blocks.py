@@ -77,7 +77,7 @@ class Operands(NamedTuple):
 
     Attributes:
         q, k, v, do: [B, N, t, H], [B, K, s, H], [B, K, s, Hv], [B, N, t, Hv].
-        bound: lse in units of 1 / factor, +inf where a row takes no part, [B, N, t].
+        bound: lse in base 2, +inf where a row takes no part, [B, N, t].
         delta: [B, N, t], times powers[0].
         blocks, counts: `_active.Active` of the blocks of keys.
         q_marks, kv_marks: [b, U, t], [b, W, s].
@@ -338,13 +338,14 @@ def probabilities(
     """
     scores = c.scores.capped(raw)
     slope = c.scores.cap_slope(scores)
+    p = c.scores.probability(scores, _of_queries(s.bound.at[slot]), axis=1)
     if masked:
         assert c.marks is not None
         q = tuple(_of_queries(s.q_marks.at[slot, u]) for u in range(c.marks.query_rows))
         kv = tuple(registers(s.kv_marks.at[w, keys], _KEYS) for w in range(c.marks.key_rows))
-        seen = visible(c.marks, q, kv, (scores.shape[0], c.block_q), q_axis=1)
-        scores = jnp.where(seen, scores, -jnp.inf)
-    return c.scores.probability(scores, _of_queries(s.bound.at[slot]), axis=1), slope
+        # Where unseen, a score may lie above the bound and p be infinite: it is not multiplied.
+        p = jnp.where(visible(c.marks, q, kv, p.shape, q_axis=1), p, 0.0)
+    return p, slope
 
 
 def score_gradients(
