@@ -116,9 +116,9 @@ def _call(f: Forward, refs: dict[str, Array]) -> tuple[Array, Array]:
         forward_kernel,
         out_type=out_type,
         scratch_types=_scratch(f),
-        # The first is the fastest: CTAs that run together read the same keys.
-        grid=(f.num_q, f.heads, f.batch),
-        grid_names=("q_block", "head", "sequence"),
+        # The last is the fastest: CTAs that run together read the same keys.
+        grid=(f.batch, f.heads, f.num_q),
+        grid_names=("sequence", "head", "q_block"),
         num_threads=ATTENDING + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
