@@ -24,7 +24,8 @@ import burst_jax.aot
 from burst_kernels import CHIPS, FULL, PARTIAL, Tile, TileConfig, mosaic_gpu
 from burst_kernels._problem import Problem
 from burst_kernels._tile import visible
-from burst_kernels.mosaic_gpu import _active
+from burst_kernels.mosaic_gpu import _active, _config
+from burst_kernels.mosaic_gpu._winners import WINNERS
 
 HOPPER = TileConfig(chip="sm_90")
 
@@ -329,18 +330,45 @@ def test_what_it_cannot_do_is_refused_with_reason_and_remedy(changes, match):
 @pytest.mark.parametrize("Hv", [1, 64, 80, 128, 192, 256])
 @pytest.mark.parametrize("H", [1, 64, 80, 128, 192, 256])
 def test_every_head_dim_has_block_sizes_that_fit(H, Hv):
-    config = mosaic_gpu.configure(problem(H=H, Hv=Hv), "sm_90", TileConfig())
-    assert config.block_q and config.block_kv and config.stages
-    assert mosaic_gpu.configure(problem(H=H, Hv=Hv), "sm_90", config) == config
+    for kinds in (0, 3):
+        sizes = problem(H=H, Hv=Hv, masked=True, kinds=kinds)
+        config = mosaic_gpu.configure(sizes, "sm_90", TileConfig())
+        named = [x for one in (_config.FORWARD, _config.BACKWARD) for x in one.fields]
+        assert all(getattr(config, name) for name in named)
+        assert mosaic_gpu.configure(sizes, "sm_90", config) == config
+
+
+def test_a_head_dim_of_the_table_takes_the_blocks_that_won():
+    assert {key[1:] for key in WINNERS} == {
+        (one, H) for one in ("forward", "backward") for H in _config.HEAD_DIMS
+    }
+    for (_, _, H), won in WINNERS.items():
+        # The backward fits at equal head dims, the forward also at 192 and 128.
+        sizes = problem(H=H, Hv=min(H, 128) if H == 192 else H, masked=True)
+        config = mosaic_gpu.configure(sizes, "sm_90", TileConfig())
+        assert {name: getattr(config, name) for name in won} == won
+
+
+def test_what_is_not_given_is_chosen_to_fit_what_is():
+    sizes = problem(H=128, Hv=128)
+    config = mosaic_gpu.configure(sizes, "sm_90", TileConfig(stages=5, stages_backward=4))
+    assert (config.block_q, config.block_kv, config.stages) == (128, 64, 5)
+    assert (config.block_q_backward, config.block_kv_backward) == (64, 64)
 
 
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        (dict(block_q=64), r"block_q=64.*multiple of 128"),
-        (dict(block_kv=100), r"block_kv=100.*64, 128, 192 or 256"),
-        (dict(block_kv=256), r"registers.*These fit: .*\(128, 128, 2\)"),
-        (dict(stages=9), r"bytes of shared memory.*These fit: .*\(128, 128, 2\)"),
+        (dict(block_q=64), r"block_q=64.*one of 128, 256"),
+        (dict(block_kv=100), r"block_kv=100.*64, 128, 192, 256"),
+        (dict(stages=1), r"stages=1.*2, 3, 4, 5, 6"),
+        (dict(block_kv=256), r"256 registers.* fit: .*\(128, 128, 2\)"),
+        (dict(block_kv=128, stages=6), r"bytes of shared memory.* fit: .*\(128, 128, 2\)"),
+        (dict(block_q_backward=96), r"block_q_backward=96.*one of 64, 128"),
+        (dict(block_kv_backward=256), r"block_kv_backward=256.*one of 64, 128"),
+        (dict(stages_backward=9), r"stages_backward=9.*1, 2, 3, 4, 5, 6"),
+        (dict(block_q_backward=128), r"256 registers.*_backward.* fit: .*\(64, 128, 2\)"),
+        (dict(block_q_backward=128, block_kv_backward=64), r"no size.* fit: .*\(64, 128, 2\)"),
     ],
 )
 def test_block_sizes_that_do_not_fit_are_refused_with_those_that_do(given, match):

@@ -39,6 +39,12 @@ CASES = (
     Case("wide heads, documents, soft cap, float16", t=80, H=200, Hv=256, kinds=1, B=2, cap=5.0,
          dtype=jnp.float16),
     Case("keys are all after the queries", q_positions=start(0), kv_positions=start(500), right=0),
+    Case("one block in flight, narrow heads by the kernel for wide ones", t=200, s=130, N=2,
+         q_positions=start(90), kv_positions=start(0), right=0,
+         config=TileConfig(chip="sm_90", block_kv_backward=64, stages_backward=1)),
+    Case("three blocks in flight", t=330, H=72, q_positions=start(0),
+         kv_positions=start(0), right=0,
+         config=TileConfig(chip="sm_90", block_kv_backward=128, stages_backward=3)),
 )  # fmt: skip
 
 
@@ -55,11 +61,18 @@ def operands(case: Case, seen: np.ndarray) -> tuple[np.ndarray, ...]:
     return x.q, x.k, x.v, x.do, lse, rng.normal(size=lse.shape).astype(np.float32)
 
 
-def run(where: str, arrays: tuple[np.ndarray, ...], tile: Tile, **kwargs: Any) -> list[np.ndarray]:
+def run(
+    where: str,
+    arrays: tuple[np.ndarray, ...],
+    tile: Tile,
+    onto: Any = None,
+    config: TileConfig | None = None,
+) -> list[np.ndarray]:
     """dq, dk, dv of the Hopper tile."""
 
     def call() -> list[np.ndarray]:
-        found = jax.jit(mosaic_gpu.tile_backward)(*turned(arrays), tile, **turned(kwargs))
+        backward = jax.jit(mosaic_gpu.tile_backward, static_argnames="config")
+        found = backward(*turned(arrays), tile, config=config, onto=turned(onto))
         return [np.asarray(x) for x in turned(found)]
 
     if where == "gpu":
@@ -80,7 +93,8 @@ def test_gradients_are_those_of_attention_rounded_no_more_than_the_operands(case
     tile, seen = made(case)
     arrays = operands(case, seen)
     want = truth(case, arrays, seen)
-    for name, a, b in zip(("dq", "dk", "dv"), run(where, arrays, tile), want, strict=True):
+    got = run(where, arrays, tile, config=case.config)
+    for name, a, b in zip(("dq", "dk", "dv"), got, want, strict=True):
         assert a.dtype == np.float32 and a.shape == b.shape
         assert oracle.error(a, b) < 4 * float(jnp.finfo(case.dtype).eps), name
         assert seen.any() == (np.abs(b).max() > 1e-2), "the case shows something"

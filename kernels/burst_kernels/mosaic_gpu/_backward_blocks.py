@@ -36,7 +36,7 @@ class Cut(NamedTuple):
     Attributes:
         batch, kv_heads, heads_per_kv: B, K, G.
         t, s: padded to whole blocks.
-        block_q: queries in a block.
+        block_q, block_kv: queries in a block, keys in a block.
         stages: blocks of queries in flight.
         H, Hv: head dims.
         shared_rows: whether all sequences share the rows of the mask.
@@ -52,6 +52,7 @@ class Cut(NamedTuple):
     t: int
     s: int
     block_q: int
+    block_kv: int
     stages: int
     H: int
     Hv: int
@@ -62,14 +63,9 @@ class Cut(NamedTuple):
     v_at: int = 0
 
     @property
-    def block_kv(self) -> int:
-        """Keys in a block."""
-        return ROWS if self.wide else WARPGROUPS * ROWS
-
-    @property
     def wide(self) -> bool:
-        """Whether dk and dv of ROWS keys are more than one warpgroup can hold."""
-        return max(self.H, self.Hv) > 128
+        """Whether one warpgroup makes dk and the other dv: of ROWS keys it may hold but one."""
+        return self.block_kv == ROWS
 
 
 class Operands(NamedTuple):
@@ -344,7 +340,7 @@ def probabilities(
         q = tuple(_of_queries(s.q_marks.at[slot, u]) for u in range(c.marks.query_rows))
         kv = tuple(registers(s.kv_marks.at[w, keys], _KEYS) for w in range(c.marks.key_rows))
         # Where unseen, a score may lie above the bound and p be infinite: it is not multiplied.
-        p = jnp.where(visible(c.marks, q, kv, p.shape, q_axis=1), p, 0.0)
+        p = jnp.where(visible(c.marks, q, kv, (p.shape[0], c.block_q), q_axis=1), p, 0.0)
     return p, slope
 
 

@@ -11,7 +11,7 @@ block of keys; its active query blocks, of all G query heads of the kv head, pas
                   p = exp(scores - lse), ds = p (dp - delta)
                   ds -> shared memory -> [exchanged]    all keys of the block, for dq
                   dv += p^T do, dk += ds^T q            p and ds from registers
-                  dq part = ds k                        each warpgroup one half of it
+                  dq part = ds k                        each warpgroup one half
                   -> [consumed]
                   dq part -> shared memory -> added to dq in global memory by TMA
     store       dk, dv, added to what was found before: registers -> global memory

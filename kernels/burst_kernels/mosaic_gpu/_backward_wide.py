@@ -1,8 +1,8 @@
-"""Backward kernel for Hopper, head dims 129 to 256: dk, dv of 64 keys and their part of dq at once.
+"""Backward kernel for Hopper, head dims to 256: dk, dv of 64 keys and their part of dq at once.
 
-There a float32 dk or dv of 64 keys takes 128 registers a thread, so one warpgroup cannot hold both,
-as in `_backward_kv`. Each has a role, and both make the probabilities, for six products in place of
-five, three a warpgroup:
+From head dim 129 on a float32 dk or dv of 64 keys takes over 64 registers a thread, so one
+warpgroup cannot hold both, as in `_backward_kv`. Each has a role, and both make the probabilities,
+for six products in place of five, three a warpgroup:
 
     values      for each (query head, active block of queries)
                   [loaded]
