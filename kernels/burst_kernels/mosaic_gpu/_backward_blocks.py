@@ -145,7 +145,7 @@ class Places(NamedTuple):
 class Here(NamedTuple):
     """Where a warpgroup is: warpgroup, block of keys, kv head, sequence, row of the mask."""
 
-    wg: jax.Array
+    wg: Any
     j: jax.Array
     kv_head: jax.Array
     b: jax.Array
@@ -204,10 +204,13 @@ def call(
             for some in visits(c, here, x):
                 _load_queries(c, here, some, x, s)
 
-        @pl.when(here.wg < WARPGROUPS)
-        def _compute():
-            plgpu.set_max_registers(_REGISTERS_COMPUTE, action="increase")
-            compute(here, x, dq, dk, dv, s, scratch)
+        # Code for each warpgroup: its places are then constants, which take no registers.
+        for w in range(WARPGROUPS):
+
+            @pl.when(here.wg == w)
+            def _compute(w=w):
+                plgpu.set_max_registers(_REGISTERS_COMPUTE, action="increase")
+                compute(here._replace(wg=w), x, dq, dk, dv, s, scratch)
 
     shape = (c.batch, c.kv_heads, c.s)
     return _launch(
@@ -226,7 +229,9 @@ def call(
 def _launch(
     body: Callable[..., None], scratch: list[Any], out_type: list[Any], **mesh: Any
 ) -> Callable[[Operands, Any], tuple[jax.Array, jax.Array]]:
-    params = plgpu.CompilerParams(approx_math=True)
+    # What a warpgroup writes to shared memory only wgmma and TMA read, after a `commit_smem`; it
+    # writes there again after a barrier. More barriers than these are not needed.
+    params = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
     if jax.__version_info__ >= (0, 11):
         run: Any = plgpu.kernel(
             body, out_type=out_type, scratch_types=scratch, compiler_params=params, **mesh
@@ -287,8 +292,10 @@ def target(
     c: Cut, here: Here, some: Visits, x: Operands, n: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Query head and block of queries of a visit."""
-    m = lax.rem(n, some.number)
-    head = here.kv_head * c.heads_per_kv + lax.div(n, some.number)
+    m, head = n, here.kv_head
+    if c.heads_per_kv > 1:
+        m = lax.rem(n, some.number)
+        head = here.kv_head * c.heads_per_kv + lax.div(n, some.number)
     return head, m if x.blocks is None else scalar(x.blocks, here.row, here.j, some.first + m)
 
 
