@@ -58,10 +58,11 @@ def tile_backward(
     mask = block_mask(tile, t, s, c.block_q, c.block_kv, like=like)
     if mask is not None:
         c = c._replace(marks=mask.marks, shared_rows=mask.q.shape[0] == 1)
-    powers = _powers(do, v, lse, delta) if q.dtype == jnp.float16 else None
+    scale = c.scores.scale
+    powers = _powers(do, v, lse, delta, scale) if q.dtype == jnp.float16 else None
     blind = jnp.isneginf(lse)
     bound = jnp.where(blind, jnp.inf, lse * LOG2_E)
-    delta = jnp.where(blind, 0.0, delta if powers is None else delta * powers[0])
+    delta = jnp.where(blind, 0.0, delta * (scale if powers is None else powers[0]))
     k, v = (whole(x, 2, c.block_kv) for x in (k, v)) if both is None else (both, both)
     operands = Operands(
         q=whole(q, 2, c.block_q),
@@ -128,20 +129,22 @@ def _powers(
     v: Float[Array, "B K s Hv"],
     lse: Float[Array, "B N t"],
     delta: Float[Array, "B N t"],
+    scale: float,
 ) -> Float[Array, "2"]:
-    """A power of two that brings score gradients into float16's range, and its inverse.
+    """A power of two that brings score gradients into float16's range, times scale; its inverse.
 
-    |ds| <= |do v| + |delta| <= max |do| max |v| + max |delta|: rows of Euclidean length. So neither
-    large gradients overflow nor those of a mean over many tokens vanish.
+    |ds| <= |do v| + |delta| <= max |do| max |v| + max |delta|, all times scale, of rows' Euclidean
+    lengths. So neither large gradients overflow nor those of a mean over many tokens vanish.
     """
 
     def longest(x: Array) -> Array:
         return jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum(-1)).max()
 
     bound = longest(do) * longest(v) + jnp.where(jnp.isneginf(lse), 0.0, jnp.abs(delta)).max()
+    bound = scale * bound
     bound = jnp.where((bound > 0.0) & jnp.isfinite(bound), bound, 1.0)
     power = jnp.clip(_FLOAT16_POWER - jnp.ceil(jnp.log2(bound)), -100.0, 100.0)
-    return jnp.exp2(jnp.stack((power, -power)))
+    return jnp.stack((scale * jnp.exp2(power), jnp.exp2(-power)))
 
 
 def _call(c: Cut, x: Operands, like: Array) -> tuple[Array, Array, Array]:

@@ -74,10 +74,11 @@ class Operands(NamedTuple):
     Attributes:
         q, k, v, do: [B, N, t, H], [B, K, s, H], [B, K, s, Hv], [B, N, t, Hv].
         bound: lse in base 2, +inf where a row takes no part, [B, N, t].
-        delta: [B, N, t], times powers[0].
+        delta: [B, N, t], times scale, or times powers[0].
         blocks, counts: `_active.Active` of the blocks of keys.
         q_marks, kv_marks: [b, U, t], [b, W, s].
-        powers: float16 only, [2]: factor on score gradients that keeps them in range, its inverse.
+        powers: float16 only, [2]: factor on score gradients, scale and what keeps them in range;
+            the inverse of the latter.
         dk, dv: gradients found before, float32.
     """
 
@@ -352,21 +353,24 @@ def probabilities(
 
 
 def score_gradients(
-    p: jax.Array, slope: jax.Array | None, dp: jax.Array, x: Operands, slot: jax.Array, s: Places
+    c: Cut,
+    p: jax.Array,
+    slope: jax.Array | None,
+    dp: jax.Array,
+    x: Operands,
+    slot: jax.Array,
+    s: Places,
 ) -> jax.Array:
-    """ds^T, times powers[0]."""
-    if x.powers is not None:
-        dp = dp * power(x, 0)
+    """ds^T, times scale; float16's times powers[0], which has the scale in it."""
+    dp = dp * (jnp.float32(c.scores.scale) if x.powers is None else power(x, 0))
     delta = lax.broadcast_in_dim(_of_queries(s.delta.at[slot]), dp.shape, (1,))
     ds = p * (dp - delta)
     return ds if slope is None else ds * slope
 
 
-def unscaled(c: Cut, x: Operands, product: jax.Array) -> jax.Array:
-    """dq or dk from ds k or ds^T q."""
-    if x.powers is not None:
-        product = product * power(x, 1)
-    return product * jnp.float32(c.scores.scale)
+def unscaled(x: Operands, product: jax.Array) -> jax.Array:
+    """dq or dk from ds k or ds^T q, where ds is what `score_gradients` returned."""
+    return product if x.powers is None else product * power(x, 1)
 
 
 def power(x: Operands, i: int) -> jax.Array:
