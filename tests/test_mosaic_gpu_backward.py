@@ -14,7 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from gpu_cases import COMPILER, WHERE, Case, made, of_each_row, start, turned, zigzag
+from gpu_cases import (
+    COMPILER,
+    SIZES,
+    WHERE,
+    Case,
+    made,
+    of_each_row,
+    ptxas_report,
+    start,
+    turned,
+    zigzag,
+)
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import burst_jax.aot
@@ -254,14 +265,17 @@ def compiled(case: Case, onto: bool) -> str:
 
 @COMPILER
 @pytest.mark.aot
-@pytest.mark.parametrize(
-    ("H", "dtype"),
-    [(64, jnp.bfloat16), (128, jnp.bfloat16), (128, jnp.float16), (256, jnp.bfloat16)],
-)
+@pytest.mark.parametrize(("H", "Hv", "dtype"), SIZES)
 @pytest.mark.parametrize("case", [CASES[i] for i in (0, 1, 5, 6)], ids=str)
-def test_it_compiles_for_hopper_and_dq_is_changed_in_place(case, H, dtype):
-    case = dataclasses.replace(case, H=H, Hv=H, dtype=dtype)
+def test_it_compiles_for_hopper_and_dq_is_changed_in_place(
+    case, H, Hv, dtype, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    case = dataclasses.replace(case, H=H, Hv=Hv, dtype=dtype)
     text = compiled(case, onto=case.cap is not None)
+    # Addresses, and more of them in a soft cap's loop; bytes of each thread.
+    assert ptxas_report(tmp_path)[1] <= (768 if case.cap else 640)
     computation, calls = "", []
     for line in text.splitlines():
         if line and not line[0].isspace():
