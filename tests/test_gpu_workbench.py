@@ -4,10 +4,14 @@ The text below has the form of nvdisasm 13, cut short.
 """
 
 import importlib.util
+import json
 
+import jax.numpy as jnp
 import pytest
 
-from workbench import gpu_programs, gpu_report, gpu_sass
+from burst_kernels import Problem, TileConfig, mosaic_gpu
+from burst_kernels.mosaic_gpu._winners import WINNERS
+from workbench import gpu_programs, gpu_report, gpu_sass, gpu_tune
 
 LOOP = """
 .L_x_13:
@@ -96,6 +100,44 @@ def test_a_pass_of_two_kernels_is_compared_by_scores():
     lines = gpu_report.cells(gpu_programs.Program(), ours, gpu_report.per_score(jax))
     text = gpu_report.table(lines)
     assert "0.667" in text and text.count("full") == 2 and text.count("partial") == 1
+
+
+def rate(direction: str, H: int, mask: str, config: TileConfig) -> float:
+    """A machine that likes small blocks of keys and fails with some blocks of the backward."""
+    if config.stages_backward == 2:
+        raise RuntimeError("out of luck")
+    sizes = (config.block_kv or 0) + (config.block_kv_backward or 0)
+    return (700.0 if mask == "full" else 500.0) - sizes / 10 - (config.stages or 0)
+
+
+def test_the_fastest_block_sizes_are_written_down_and_read_again():
+    lines: list[str] = []
+    winners = gpu_tune.tune(["forward", "backward"], [64, 128], rate, lines.append)
+    assert [(w.direction, w.H) for w in winners] == [
+        ("forward", 64), ("forward", 128), ("backward", 64), ("backward", 128)
+    ]  # fmt: skip
+    assert winners[1].sizes == dict(block_q=128, block_kv=64, stages=2)
+    assert winners[3].sizes["block_kv_backward"] == 64
+    found = [json.loads(line) for line in lines]
+    assert any("failed" in line for line in found) and any("rate" in line for line in found)
+    # Each candidate is one that `configure` takes as it is.
+    problem = Problem(B=1, t=64, s=64, N=4, K=4, H=128, Hv=128, dtype=jnp.bfloat16, masked=True)
+    for direction in gpu_tune.PASSES:
+        for sizes in gpu_tune.candidates(direction, 128):
+            config = mosaic_gpu.configure(problem, "sm_90", TileConfig(**sizes))
+            assert {name: getattr(config, name) for name in sizes} == sizes
+    before = gpu_tune.TABLE.read_text()
+    text = gpu_tune.updated(before, winners, "NVIDIA H100, jax 0.12.0, 2026-01-02")
+    there: dict = {}
+    exec(text, there)
+    assert set(there["WINNERS"]) == set(WINNERS)
+    assert there["WINNERS"]["sm_90", "forward", 128] == winners[1].sizes
+    assert there["WINNERS"]["sm_90", "forward", 256] == WINNERS["sm_90", "forward", 256]
+    assert text.count("# not measured") == before.count("# not measured") - 4
+    assert "    # 492 causal, 692 full; NVIDIA H100, jax 0.12.0, 2026-01-02\n" in text
+    # What is written is what the formatter leaves alone, and can be written again.
+    assert gpu_tune.updated(text, [], "") == text
+    assert gpu_tune.updated(before, [], "") == before
 
 
 @pytest.mark.aot

@@ -275,7 +275,7 @@ def test_it_compiles_for_hopper_and_dq_is_changed_in_place(
     case = dataclasses.replace(case, H=H, Hv=Hv, dtype=dtype)
     text = compiled(case, onto=case.cap is not None)
     # Addresses, and more of them in a soft cap's loop; bytes of each thread.
-    assert ptxas_report(tmp_path)[1] <= (768 if case.cap else 640)
+    assert ptxas_report(tmp_path)[1] <= (900 if case.cap else 700)
     computation, calls = "", []
     for line in text.splitlines():
         if line and not line[0].isspace():
