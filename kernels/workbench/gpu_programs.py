@@ -171,9 +171,11 @@ def _ours(p: Program) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
     rows = _shaped(1, p.heads, p.tokens, dtype=jnp.float32)
     at = _shaped(1, p.tokens, dtype=jnp.int32)
 
-    def tile(positions: jax.Array) -> Tile:
-        placed = {} if p.mask == "full" else dict(q_positions=positions, kv_positions=positions)
-        return Tile(scale=p.head_dim**-0.5, right=0 if placed else None, **placed)
+    def tile(at: jax.Array) -> Tile:
+        full = Tile(scale=p.head_dim**-0.5)
+        if p.mask == "full":
+            return full
+        return dataclasses.replace(full, right=0, q_positions=at, kv_positions=at)
 
     def forward(q: Any, k: Any, v: Any, at: Any) -> Any:
         return mosaic_gpu.tile_forward(q, k, v, tile(at), p.config)

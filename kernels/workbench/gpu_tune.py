@@ -4,6 +4,7 @@
 hand, on a causal and on a full tile, and rewrites the rows that it has measured.
 """
 
+import dataclasses
 import json
 import re
 import statistics
@@ -73,7 +74,8 @@ def tune(
             for sizes in candidates(direction, H):
                 line: dict = {"what": "tune", "direction": direction, "H": H} | sizes
                 try:
-                    rates = {mask: rate(direction, H, mask, TileConfig(**sizes)) for mask in MASKS}
+                    config = dataclasses.replace(TileConfig(), **sizes)
+                    rates = {mask: rate(direction, H, mask, config) for mask in MASKS}
                 except Exception as error:  # one that does not compile must not end the others
                     say(json.dumps(line | {"failed": f"{type(error).__name__}: {error}"[:300]}))
                     continue
