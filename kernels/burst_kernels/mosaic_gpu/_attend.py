@@ -235,7 +235,7 @@ def _visit_kernel(
         plgpu.barrier_arrive(ring.k_free.at[slot])
         new = _softmax(f, raw, seen, found.maximum, found.total)
         new = lax.optimization_barrier(new)
-        plgpu.barrier_wait(ring.v_ready.at[slot])
+        plgpu.barrier_wait(ring.v_ready.at[slot])  # here, and not later: see `_forward`
         for ref, x in zip(softmax, new, strict=True):
             ref[...] = x
 

@@ -274,7 +274,9 @@ def visits(c: Cut, here: Here, x: Operands) -> Iterator[Visits]:
     """FULL pairs of blocks, then PARTIAL ones."""
     zero = jnp.zeros_like(here.j)
     if c.marks is None:
-        yield Visits(zero, jnp.int32(c.t // c.block_q), zero, False)
+        # Were the number known, the compiler would keep so many addresses that it spills them.
+        number = lax.optimization_barrier(jnp.int32(c.t // c.block_q))
+        yield Visits(zero, number, zero, False)
         return
     full, active = (scalar(x.counts, here.row, here.j, i) for i in (0, 1))
     yield Visits(zero, full, zero, False)
