@@ -92,9 +92,10 @@ def bodies(code: list[Instruction | str]) -> list[list[Instruction]]:
     """Innermost loops with products, from their head to the branch back."""
     at = {x: i for i, x in enumerate(code) if isinstance(x, str)}
     spans = []
-    for i, x in enumerate(code):
-        # A way back without a condition is the end of a wait that was moved out of the loop.
-        if isinstance(x, str) or not x.name.startswith("BRA") or not x.predicate:
+    # Behind the last exit there are waits that were moved out of loops, and their ways back.
+    exits = [i for i, x in enumerate(code) if isinstance(x, Instruction) and x.name == "EXIT"]
+    for i, x in enumerate(code[: exits[-1] if exits else None]):
+        if isinstance(x, str) or not x.name.startswith("BRA"):
             continue
         target = re.search(r"\.L_x?_?\w+", x.operands)
         start = at.get(target.group(0), i) if target else i
