@@ -82,8 +82,8 @@ def test_a_wait_that_is_missing_is_seen_across_the_loop():
 def test_a_pass_of_two_kernels_is_compared_by_scores():
     def kernel(*loops: gpu_sass.Loop) -> gpu_programs.Kernel:
         return gpu_programs.Kernel(
-            name="k", registers=168, spill_bytes=0, shared_bytes=2048, serialized=False, hazards=0,
-            loops=list(loops),
+            name="k", registers=168, spill_bytes=0, shared_bytes=2048, grid=None, serialized=False,
+            hazards=0, loops=list(loops),
         )  # fmt: skip
 
     def loop(instructions: int, exp2: int, masked: bool = False) -> gpu_sass.Loop:
@@ -151,6 +151,8 @@ def test_nothing_touches_registers_of_products_under_way(direction):
     (kernel,) = gpu_programs.compile_program(program)
     assert not kernel.serialized and not kernel.hazards
     assert kernel.shared_bytes is not None and kernel.shared_bytes <= 227 * 1024
+    # Blocks of one head run together, and find what they share in the cache.
+    assert kernel.grid == (8, 2, 1)
     assert {loop.masked for loop in kernel.loops} == {False, True}
     if direction == "forward":  # the softmax of a block lies under the values of the one before
         assert all(x.exp2_under == x.kinds["exp2"] for x in kernel.loops)

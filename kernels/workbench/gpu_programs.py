@@ -64,6 +64,7 @@ class Kernel:
         registers: a thread, as launched.
         spill_bytes: stored to local memory, in loops and around them.
         shared_bytes: of a CTA; None: not found.
+        grid: CTAs along x, y and z, of which x is the fastest; None: not found.
         serialized: whether ptxas says that it waits for each product.
         hazards: registers touched while products that use them are under way.
         loops: around products.
@@ -73,6 +74,7 @@ class Kernel:
     registers: int
     spill_bytes: int
     shared_bytes: int | None
+    grid: tuple[int, ...] | None
     serialized: bool
     hazards: int
     loops: list[gpu_sass.Loop]
@@ -132,11 +134,13 @@ def _kernels(folder: Path) -> Iterator[Kernel]:
         sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         code = gpu_sass.parse(sass)
         if loops := gpu_sass.loops(code):
+            launch = _launch(ptx.with_suffix(".mlir-passes.log"))
             yield Kernel(
                 name=re.sub(r"_\d+$", "", ptx.stem),
                 registers=_number(r"Used (\d+) registers", said) or 0,
                 spill_bytes=_number(r"(\d+) bytes spill stores\n?", said) or 0,
-                shared_bytes=_shared(ptx.with_suffix(".mlir-passes.log")),
+                shared_bytes=launch[-1] if launch else None,
+                grid=launch[:-1] if launch else None,
                 serialized="Potential Performance Loss" in said,
                 hazards=len(gpu_sass.hazards(code)),
                 loops=loops,
@@ -148,13 +152,18 @@ def _number(pattern: str, text: str) -> int | None:
     return int(found[-1]) if found else None
 
 
-def _shared(log: Path) -> int | None:
+def _launch(log: Path) -> tuple[int, ...] | None:
+    """Grid and shared memory of a kernel, from the compiler's log of its passes."""
     if not log.exists():
         return None
+    size = r"%\w+ = %c(\d+)\w*"
+    pattern = re.compile(
+        rf"gpu\.launch.*? blocks\(.*?\) in \({size}, {size}, {size}\).* "
+        r"dynamic_shared_memory_size %c(\d+)_i32"
+    )
     with log.open() as lines:
-        return next(
-            (n for line in lines if (n := _number(r"shared_memory_size %c(\d+)_i32", line))), None
-        )
+        found = next((m for line in lines if (m := pattern.search(line))), None)
+    return tuple(map(int, found.groups())) if found else None
 
 
 def _call(program: Program) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
