@@ -195,7 +195,7 @@ def call(
             j=lax.axis_index("block"),
             kv_head=lax.axis_index("head"),
             b=b,
-            row=jnp.zeros_like(b) if c.shared_rows else b,
+            row=jnp.int32(0) if c.shared_rows else b,
         )
 
         @pl.when(here.wg == WARPGROUPS)
@@ -272,7 +272,7 @@ def accumulator(columns: int) -> Any:
 
 def visits(c: Cut, here: Here, x: Operands) -> Iterator[Visits]:
     """FULL pairs of blocks, then PARTIAL ones."""
-    zero = jnp.zeros_like(here.j)
+    zero = jnp.int32(0)
     if c.marks is None:
         # Were the number known, the compiler would keep so many addresses that it spills them.
         number = lax.optimization_barrier(jnp.int32(c.t // c.block_q))
@@ -286,7 +286,7 @@ def visits(c: Cut, here: Here, x: Operands) -> Iterator[Visits]:
 def each(c: Cut, some: Visits, body: Callable[[jax.Array, jax.Array], None]) -> None:
     """Runs `body(n, slot)` for every visit, n from 0; the slots of all visits go round."""
 
-    @pl.loop(jnp.zeros_like(some.number), some.number * c.heads_per_kv)
+    @pl.loop(jnp.int32(0), some.number * c.heads_per_kv)
     def _(n):
         body(n, lax.rem(some.before + n, jnp.int32(c.stages)))
 
