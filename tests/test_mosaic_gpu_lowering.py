@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from gpu_cases import Case, made, of_each_row, start
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from burst_kernels import mosaic_gpu
 
@@ -54,18 +54,23 @@ def both_passes(case: Case, onto: bool) -> tuple[Any, list[jax.ShapeDtypeStruct]
     return run, [q, k, v, do, row, *shapes]
 
 
-@pytest.mark.parametrize("x64", [False, True], ids=["", "x64"])
-@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "sharded"])
+@pytest.mark.parametrize(
+    ("where", "x64"),
+    [("on a device", False), ("on a mesh", False), ("in shard_map", False), ("in shard_map", True)],
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_both_tiles_are_lowered_for_a_gpu(case, sharded, x64):
+def test_both_tiles_are_lowered_for_a_gpu(case, where, x64):
+    devices = 2 if where == "in shard_map" else 1
+    mesh = jax.make_mesh(
+        (devices,), ("sp",), devices=jax.devices("cpu")[:devices], axis_types=(AxisType.Auto,)
+    )
     with jax.enable_x64(x64):
         run, shapes = both_passes(case, onto=case.cap is None)
-        if sharded:
-            mesh = jax.make_mesh(
-                (2,), ("sp",), devices=jax.devices("cpu")[:2], axis_types=(AxisType.Auto,)
-            )
+        if where == "in shard_map":
             spec = PartitionSpec("sp")
             run = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=True)
             shapes = [x.update(shape=(2 * x.shape[0], *x.shape[1:])) for x in shapes]
+        if where == "on a mesh":
+            shapes = [x.update(sharding=NamedSharding(mesh, PartitionSpec())) for x in shapes]
         lowered = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("mosaic_gpu") >= 2
