@@ -3,6 +3,7 @@
     python kernels/workbench/gpu_bench.py                    # everything, about half an hour
     python kernels/workbench/gpu_bench.py --tokens 16384 --head-dims 128 --what attention
     python kernels/workbench/gpu_bench.py --what hop         # tiles of a zigzag ring's hop
+    python kernels/workbench/gpu_bench.py --tune --write     # block sizes, and the table of winners
 
 One JSON line a run, printed and appended to kernels/workbench/results/. Times are the GPU's own, by
 CUPTI: the sum over all kernels that one call launches, the preparation of masks included. FLOP
@@ -85,6 +86,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--tune", action="store_true", help="time all block sizes that fit instead")
+    parser.add_argument("--write", action="store_true", help="with --tune: rewrite _winners.py")
     args = parser.parse_args(arguments)
     for name in ("tokens", "hop_tokens", "head_dims", "groups", "width", "ring", "rounds"):
         value = getattr(args, name)
@@ -176,8 +179,10 @@ def no_gpu() -> str | None:
     )
 
 
-def prepared(run: Run, ring: int, dtype: str) -> Callable[[], Any]:
-    """The call to time, compiled and run once."""
+def prepared(
+    run: Run, ring: int, dtype: str, config: burst_kernels.TileConfig | None = None
+) -> Callable[[], Any]:
+    """The call to time, compiled and run once; `config` is for our tile."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> jax.Array:
@@ -190,24 +195,28 @@ def prepared(run: Run, ring: int, dtype: str) -> Callable[[], Any]:
     q, do = (normal(run.B, run.N, run.T, run.H) for _ in range(2))
     k, v = (normal(run.B, run.K, run.T, run.H) for _ in range(2))
     if run.backend == "burst":
-        return _burst(run, ring, q, k, v, do)
+        return _burst(run, ring, config, q, k, v, do)
     return _peer(run, *(x.swapaxes(1, 2) for x in (q, k, v, do)))
 
 
 def _burst(
-    run: Run, ring: int, q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array
-) -> Callable[[], Any]:
+    run: Run, ring: int, config: burst_kernels.TileConfig | None, q: jax.Array, k: jax.Array,
+    v: jax.Array, do: jax.Array,
+) -> Callable[[], Any]:  # fmt: skip
     both = positions(run, ring)
     at = [None, None] if both is None else [jnp.asarray(x)[None] for x in both]
     tile = burst_kernels.Tile(
         scale=run.H**-0.5, right=None if both is None else 0, q_positions=at[0], kv_positions=at[1]
     )
-    forward = jax.jit(mosaic_gpu.tile_forward)
+    forward, backward = (
+        jax.jit(functools.partial(f, config=config))
+        for f in (mosaic_gpu.tile_forward, mosaic_gpu.tile_backward)
+    )
     if run.direction == "forward":
         return functools.partial(forward, q, k, v, tile)
     out, lse = forward(q, k, v, tile)
     delta = (out * do.astype(out.dtype)).sum(-1)
-    return functools.partial(jax.jit(mosaic_gpu.tile_backward), q, k, v, do, lse, delta, tile)
+    return functools.partial(backward, q, k, v, do, lse, delta, tile)
 
 
 def _peer(run: Run, q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> Callable[[], Any]:
@@ -269,6 +278,27 @@ def row(run: Run, times: list[float], best: dict[Any, float], args: argparse.Nam
     return found
 
 
+def tune(args: argparse.Namespace, say: Callable[[str], None], where: str) -> None:
+    """Times block sizes at 16384 tokens; prints the winners, and writes them down if asked to."""
+    from workbench import gpu_tune
+
+    def rate(direction: str, H: int, mask: str, config: burst_kernels.TileConfig) -> float:
+        heads = args.width // H
+        run = Run("attention", "burst", direction, mask, T=16384, N=heads, K=heads, H=H)
+        median = statistics.median(
+            seconds(prepared(run, args.ring, args.dtype, config), args.rounds)
+        )
+        return flop(run, args.ring) / median / 1e12
+
+    winners = gpu_tune.tune(args.passes, args.head_dims, rate, say)
+    for winner in winners:
+        print(gpu_tune.row(winner, where))
+    if args.write:
+        table = gpu_tune.TABLE
+        table.write_text(gpu_tune.updated(table.read_text(), winners, where))
+        print(f"written: {table}")
+
+
 def main() -> None:
     args = parse()
     if (reason := no_gpu()) is not None:
@@ -278,6 +308,15 @@ def main() -> None:
     common = {"device": device, "date": time.strftime("%Y-%m-%d"), **versions}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"gpu_bench-{device.replace(' ', '_')}-{common['date']}.jsonl"
+
+    def say(text: str) -> None:
+        text = json.dumps(json.loads(text) | common)
+        print(text, flush=True)
+        with path.open("a") as file:
+            file.write(text + "\n")
+
+    if args.tune:
+        return tune(args, say, f"{device}, jax {common['jax']}, {common['date']}")
     best: dict[Any, float] = {}
     for run in runs(args):
         if (reason := missing(run.backend)) is not None:
@@ -288,10 +327,7 @@ def main() -> None:
                 line = row(run, seconds(call, args.rounds), best, args)
             except Exception as error:  # a peer that cannot do it must not end the others' runs
                 line = run._asdict() | {"failed": f"{type(error).__name__}: {error}"[:500]}
-        text = json.dumps(line | common)
-        print(text, flush=True)
-        with path.open("a") as file:
-            file.write(text + "\n")
+        say(json.dumps(line))
 
 
 if __name__ == "__main__":
