@@ -2,8 +2,10 @@
 
 import dataclasses
 import importlib.util
+import re
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gpu_emulation
@@ -32,6 +34,25 @@ COMPILER = pytest.mark.skipif(
     not (importlib.util.find_spec("jax_cuda13_plugin") and shutil.which("ptxas")),
     reason="needs jax-cuda13-plugin and jax-cuda13-pjrt of jax's version, and ptxas on the PATH",
 )
+
+
+# What is compiled for Hopper: every head dim in each dtype, and the values' beside another one.
+SIZES = [
+    (H, H, dtype) for H in (64, 128, 256) for dtype in (jnp.bfloat16, jnp.float16)
+] + [(64, 128, jnp.bfloat16), (192, 128, jnp.bfloat16)]  # fmt: skip
+
+
+def ptxas_report(folder: Path) -> tuple[str, int]:
+    """What ptxas says of kernels that `MOSAIC_GPU_DUMP_TO` recorded, and the bytes they spill."""
+    report = "".join(p.read_text() for p in folder.glob("*.ptxas"))
+    assert "sm_90a" in report
+    assert "Potential Performance Loss" not in report, "wgmma is serialized"
+    spilled = [
+        int(n)
+        for n in re.findall(r"(\d+) bytes spill stores, \d+ bytes spill loads$", report, re.M)
+    ]
+    assert spilled
+    return report, max(spilled)
 
 
 @dataclasses.dataclass(frozen=True)

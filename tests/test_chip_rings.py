@@ -104,7 +104,7 @@ def test_a_kernel_of_another_chip_is_refused_here_with_the_reason():
 
 @pytest.mark.parametrize(
     ("chip", "field", "value"),
-    [("v5e", "kv_heads", 2), ("v5e", "stages", 2), ("sm_90", "block_q_backward", 128),
+    [("v5e", "kv_heads", 2), ("v5e", "stages_backward", 2), ("sm_90", "kv_heads", 2),
      ("sm_90", "fused_backward", True), ("cpu", "block_compute", 128)],
 )  # fmt: skip
 def test_a_field_that_the_chosen_tiles_do_not_know_is_refused(chip, field, value):

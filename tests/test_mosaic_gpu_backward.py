@@ -14,7 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from gpu_cases import COMPILER, WHERE, Case, made, of_each_row, start, turned, zigzag
+from gpu_cases import (
+    COMPILER,
+    SIZES,
+    WHERE,
+    Case,
+    made,
+    of_each_row,
+    ptxas_report,
+    start,
+    turned,
+    zigzag,
+)
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import burst_jax.aot
@@ -39,6 +50,12 @@ CASES = (
     Case("wide heads, documents, soft cap, float16", t=80, H=200, Hv=256, kinds=1, B=2, cap=5.0,
          dtype=jnp.float16),
     Case("keys are all after the queries", q_positions=start(0), kv_positions=start(500), right=0),
+    Case("one block in flight, narrow heads by the kernel for wide ones", t=200, s=130, N=2,
+         q_positions=start(90), kv_positions=start(0), right=0,
+         config=TileConfig(chip="sm_90", block_kv_backward=64, stages_backward=1)),
+    Case("three blocks in flight", t=330, H=72, q_positions=start(0),
+         kv_positions=start(0), right=0,
+         config=TileConfig(chip="sm_90", block_kv_backward=128, stages_backward=3)),
 )  # fmt: skip
 
 
@@ -55,11 +72,18 @@ def operands(case: Case, seen: np.ndarray) -> tuple[np.ndarray, ...]:
     return x.q, x.k, x.v, x.do, lse, rng.normal(size=lse.shape).astype(np.float32)
 
 
-def run(where: str, arrays: tuple[np.ndarray, ...], tile: Tile, **kwargs: Any) -> list[np.ndarray]:
+def run(
+    where: str,
+    arrays: tuple[np.ndarray, ...],
+    tile: Tile,
+    onto: Any = None,
+    config: TileConfig | None = None,
+) -> list[np.ndarray]:
     """dq, dk, dv of the Hopper tile."""
 
     def call() -> list[np.ndarray]:
-        found = jax.jit(mosaic_gpu.tile_backward)(*turned(arrays), tile, **turned(kwargs))
+        backward = jax.jit(mosaic_gpu.tile_backward, static_argnames="config")
+        found = backward(*turned(arrays), tile, config=config, onto=turned(onto))
         return [np.asarray(x) for x in turned(found)]
 
     if where == "gpu":
@@ -80,7 +104,8 @@ def test_gradients_are_those_of_attention_rounded_no_more_than_the_operands(case
     tile, seen = made(case)
     arrays = operands(case, seen)
     want = truth(case, arrays, seen)
-    for name, a, b in zip(("dq", "dk", "dv"), run(where, arrays, tile), want, strict=True):
+    got = run(where, arrays, tile, config=case.config)
+    for name, a, b in zip(("dq", "dk", "dv"), got, want, strict=True):
         assert a.dtype == np.float32 and a.shape == b.shape
         assert oracle.error(a, b) < 4 * float(jnp.finfo(case.dtype).eps), name
         assert seen.any() == (np.abs(b).max() > 1e-2), "the case shows something"
@@ -240,14 +265,17 @@ def compiled(case: Case, onto: bool) -> str:
 
 @COMPILER
 @pytest.mark.aot
-@pytest.mark.parametrize(
-    ("H", "dtype"),
-    [(64, jnp.bfloat16), (128, jnp.bfloat16), (128, jnp.float16), (256, jnp.bfloat16)],
-)
+@pytest.mark.parametrize(("H", "Hv", "dtype"), SIZES)
 @pytest.mark.parametrize("case", [CASES[i] for i in (0, 1, 5, 6)], ids=str)
-def test_it_compiles_for_hopper_and_dq_is_changed_in_place(case, H, dtype):
-    case = dataclasses.replace(case, H=H, Hv=H, dtype=dtype)
+def test_it_compiles_for_hopper_and_dq_is_changed_in_place(
+    case, H, Hv, dtype, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    case = dataclasses.replace(case, H=H, Hv=Hv, dtype=dtype)
     text = compiled(case, onto=case.cap is not None)
+    # Addresses, and more of them in a soft cap's loop; bytes of each thread.
+    assert ptxas_report(tmp_path)[1] <= (900 if case.cap else 700)
     computation, calls = "", []
     for line in text.splitlines():
         if line and not line[0].isspace():

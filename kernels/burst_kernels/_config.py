@@ -15,15 +15,16 @@ class TileConfig:
         block_compute: key tokens whose scores the `mosaic_tpu` backend's kernels hold at once: a
             pair of blocks is computed in pieces, one after the other.
         block_compute_q: query tokens of a piece; its backward takes those of the whole block.
-        block_q_backward, block_kv_backward: blocks of its backward; None: as in the forward where
-            that is given, else chosen for the backward. Also of the `triton` backend's, where None
-            is always chosen; its blocks are powers of two.
-        block_compute_backward: `block_compute` of its backward.
-        fused_backward: whether one kernel of that backend makes dq, dk and dv from one pass over
+        block_q_backward, block_kv_backward: blocks of the backward of `mosaic_tpu`, `mosaic_gpu`
+            and `triton`. None: chosen for the backward; `mosaic_tpu` takes those of the forward
+            where they are given.
+        block_compute_backward: `block_compute` of the backward of `mosaic_tpu`.
+        fused_backward: whether one kernel of `mosaic_tpu` makes dq, dk and dv from one pass over
             the scores, or one makes dk and dv and another dq.
         stages: blocks of keys that the `mosaic_gpu` backend has on their way or in use at once; of
             loops of the `triton` backend, as Triton counts them. There None, as for `warps`, is
             each kernel's own.
+        stages_backward: blocks of queries, the same, of the backward of `mosaic_gpu`.
         warps: of 32 threads, that compute one program of the `triton` backend.
         kv_heads: kv heads that one step of the `xla` backend computes together.
         chip: name of the chip to compile for, see `burst_kernels.CHIPS`; None: the mesh's, or
@@ -45,6 +46,7 @@ class TileConfig:
     block_compute_backward: int | None = None
     fused_backward: bool | None = None
     stages: int | None = None
+    stages_backward: int | None = None
     warps: int | None = None
     kv_heads: int | None = None
     chip: str | None = None

@@ -98,7 +98,17 @@ BACKENDS: dict[str, Backend] = {
         interpreted=True,
     ),
     "mosaic_gpu": Backend(
-        "burst_kernels.mosaic_gpu", _no_hopper, ("block_q", "block_kv", "stages"), stacked=True
+        "burst_kernels.mosaic_gpu",
+        _no_hopper,
+        (
+            "block_q",
+            "block_kv",
+            "stages",
+            "block_q_backward",
+            "block_kv_backward",
+            "stages_backward",
+        ),
+        stacked=True,
     ),
     "triton": Backend(
         "burst_kernels.triton",

@@ -4,6 +4,7 @@
     python kernels/workbench/gpu_bench.py --tokens 16384 --head-dims 128 --what attention
     python kernels/workbench/gpu_bench.py --what hop         # tiles of a zigzag ring's hop
     python kernels/workbench/gpu_bench.py --implementation triton
+    python kernels/workbench/gpu_bench.py --tune --write     # block sizes, and the table of winners
 
 One JSON line a run, printed and appended to kernels/workbench/results/. Times are the GPU's own, by
 CUPTI: the sum over all kernels that one call launches, the preparation of masks included. FLOP
@@ -41,6 +42,9 @@ WHAT = ("matmul", "attention", "hop")
 # Our tiles for GPUs, in order of preference.
 IMPLEMENTATIONS = ("mosaic_gpu", "triton", "xla")
 _MATMUL = 8192
+
+
+Tiles = tuple[Callable[..., Any], Callable[..., Any]]
 
 
 class Run(NamedTuple):
@@ -91,6 +95,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--tune", action="store_true", help="time all block sizes that fit instead")
+    parser.add_argument("--write", action="store_true", help="with --tune: rewrite _winners.py")
     args = parser.parse_args(arguments)
     for name in ("tokens", "hop_tokens", "head_dims", "groups", "width", "ring", "rounds"):
         value = getattr(args, name)
@@ -191,8 +197,10 @@ def implementation(wanted: str | None) -> str:
     return name
 
 
-def prepared(run: Run, ring: int, dtype: str, ours: str) -> Callable[[], Any]:
-    """The call to time, compiled and run once; `ours` is the implementation of our tile."""
+def prepared(
+    run: Run, ring: int, dtype: str, ours: str, config: burst_kernels.TileConfig | None = None
+) -> Callable[[], Any]:
+    """The call to time, compiled and run once; `ours` and `config` are of our tile."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> jax.Array:
@@ -205,30 +213,33 @@ def prepared(run: Run, ring: int, dtype: str, ours: str) -> Callable[[], Any]:
     q, do = (normal(run.B, run.N, run.T, run.H) for _ in range(2))
     k, v = (normal(run.B, run.K, run.T, run.H) for _ in range(2))
     if run.backend == "burst":
-        return _burst(run, ring, burst_kernels.BACKENDS[ours], q, k, v, do)
+        return _burst(run, ring, _tile(ours, config), q, k, v, do)
     return _peer(run, *(x.swapaxes(1, 2) for x in (q, k, v, do)))
 
 
+def _tile(ours: str, config: burst_kernels.TileConfig | None) -> Tiles:
+    """Forward and backward of our tile."""
+    backend = burst_kernels.BACKENDS[ours]
+    forward, backward = (
+        jax.jit(functools.partial(f, config=config)) for f in (backend.forward, backend.backward)
+    )
+    return forward, backward
+
+
 def _burst(
-    run: Run,
-    ring: int,
-    ours: burst_kernels.Backend,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    do: jax.Array,
+    run: Run, ring: int, ours: Tiles, q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array
 ) -> Callable[[], Any]:
     both = positions(run, ring)
     at = [None, None] if both is None else [jnp.asarray(x)[None] for x in both]
     tile = burst_kernels.Tile(
         scale=run.H**-0.5, right=None if both is None else 0, q_positions=at[0], kv_positions=at[1]
     )
-    forward = jax.jit(ours.forward)
+    forward, backward = ours
     if run.direction == "forward":
         return functools.partial(forward, q, k, v, tile)
     out, lse = forward(q, k, v, tile)
     delta = (out * do.astype(out.dtype)).sum(-1)
-    return functools.partial(jax.jit(ours.backward), q, k, v, do, lse, delta, tile)
+    return functools.partial(backward, q, k, v, do, lse, delta, tile)
 
 
 def _peer(run: Run, q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> Callable[[], Any]:
@@ -290,9 +301,32 @@ def row(run: Run, times: list[float], best: dict[Any, float], args: argparse.Nam
     return found
 
 
+def tune(args: argparse.Namespace, say: Callable[[str], None], where: str) -> None:
+    """Times block sizes at 16384 tokens; prints the winners, and writes them down if asked to."""
+    from workbench import gpu_tune
+
+    def rate(direction: str, H: int, mask: str, config: burst_kernels.TileConfig) -> float:
+        heads = args.width // H
+        run = Run("attention", "burst", direction, mask, T=16384, N=heads, K=heads, H=H)
+        median = statistics.median(
+            seconds(prepared(run, args.ring, args.dtype, "mosaic_gpu", config), args.rounds)
+        )
+        return flop(run, args.ring) / median / 1e12
+
+    winners = gpu_tune.tune(args.passes, args.head_dims, rate, say)
+    for winner in winners:
+        print(gpu_tune.row(winner, where))
+    if args.write:
+        table = gpu_tune.TABLE
+        table.write_text(gpu_tune.updated(table.read_text(), winners, where))
+        print(f"written: {table}")
+
+
 def main() -> None:
     args = parse()
     ours = implementation(args.implementation)
+    if args.tune and ours != "mosaic_gpu":
+        raise SystemExit(f"--tune is for the mosaic_gpu tiles, and {ours} would be measured here.")
     device = jax.devices()[0].device_kind
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
     common = {
@@ -303,6 +337,15 @@ def main() -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"gpu_bench-{device.replace(' ', '_')}-{common['date']}.jsonl"
+
+    def say(text: str) -> None:
+        text = json.dumps(json.loads(text) | common)
+        print(text, flush=True)
+        with path.open("a") as file:
+            file.write(text + "\n")
+
+    if args.tune:
+        return tune(args, say, f"{device}, jax {common['jax']}, {common['date']}")
     best: dict[Any, float] = {}
     for run in runs(args):
         if (reason := missing(run.backend)) is not None:
@@ -313,10 +356,7 @@ def main() -> None:
                 line = row(run, seconds(call, args.rounds), best, args)
             except Exception as error:  # a peer that cannot do it must not end the others' runs
                 line = run._asdict() | {"failed": f"{type(error).__name__}: {error}"[:500]}
-        text = json.dumps(line | common)
-        print(text, flush=True)
-        with path.open("a") as file:
-            file.write(text + "\n")
+        say(json.dumps(line))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from burst_kernels._active import Marks, visible
 from burst_kernels.mosaic_gpu._config import ATTENDING, Blocks
 from burst_kernels.mosaic_gpu._memory import registers, scalar
-from burst_kernels.mosaic_gpu._scores import LN_2, Scores
+from burst_kernels.mosaic_gpu._scores import LN_2, LOG2_E, Scores
 
 _Accumulator = plgpu.WGMMAAccumulatorRef
 _WGMMA, _ROWS, _COLUMNS = (
@@ -90,9 +90,9 @@ class Running(NamedTuple):
     """Online softmax of a warpgroup's queries.
 
     Attributes:
-        maximum: of each row's scores, in units of 1 / factor.
-        total: sum of exp(score - maximum).
-        out: sum of exp(score - maximum) v.
+        maximum: of each row's scores, in base 2.
+        total: sum of 2^(score - maximum).
+        out: sum of 2^(score - maximum) v.
     """
 
     maximum: Float[Array, " r"]
@@ -105,7 +105,7 @@ class Found(NamedTuple):
 
     Attributes:
         shrink: factor that `out` is still to be multiplied with.
-        p: exp(score - maximum) of the last block, still to be multiplied with its values.
+        p: 2^(score - maximum) of the last block, still to be multiplied with its values.
     """
 
     maximum: Float[Array, " r"]
@@ -207,6 +207,7 @@ def _first(
     raw = lax.optimization_barrier(pl.run_scoped(scores, _Accumulator(shape, jnp.float32)))
     plgpu.barrier_arrive(ring.k_free.at[0])
     maximum, total, shrink, p = _softmax(f, raw, seen, maximum, total)
+    plgpu.barrier_wait(ring.v_ready.at[0])
     return maximum, total, shrink, p.astype(f.dtype)
 
 
@@ -218,7 +219,6 @@ def _visit_kernel(
     # Read early, so that the latency of global memory hides behind the products.
     seen = None if mask is None else mask(n)  # compared later: see _seen
     plgpu.barrier_wait(ring.k_ready.at[slot])
-    plgpu.barrier_wait(ring.v_ready.at[before])
     plgpu.barrier_wait(ring.turn.at[ring.me])
 
     def step(refs: tuple[Any, ...]) -> None:
@@ -234,6 +234,8 @@ def _visit_kernel(
         raw = lax.optimization_barrier(raw)  # nothing is read before it is there
         plgpu.barrier_arrive(ring.k_free.at[slot])
         new = _softmax(f, raw, seen, found.maximum, found.total)
+        new = lax.optimization_barrier(new)
+        plgpu.barrier_wait(ring.v_ready.at[slot])  # here, and not later: see `_forward`
         for ref, x in zip(softmax, new, strict=True):
             ref[...] = x
 
@@ -248,7 +250,6 @@ def _visit_kernel(
 def _last(ring: Ring, found: Found, n: Array) -> Running:
     """Values of the last block."""
     slot = ring.slot(n)
-    plgpu.barrier_wait(ring.v_ready.at[slot])
 
     def multiply_values(acc: Any) -> None:
         plgpu.wgmma(acc, found.p, ring.v_smem.at[slot])
@@ -261,16 +262,16 @@ def _last(ring: Ring, found: Found, n: Array) -> Running:
 def _softmax(
     f: Forward, raw: Array, seen: Callable[[], Array] | None, before: Array, total: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """Maximum, sum, what shrinks that which was found before, and exp(score - maximum)."""
+    """Maximum, sum, what shrinks that which was found before, and 2^(score - maximum)."""
     scores = f.scores.capped(raw)
     if seen is not None:
         scores = jnp.where(seen(), scores, -jnp.inf)
-    maximum = jnp.maximum(before, scores.max(1))
+    maximum = jnp.maximum(before, scores.max(1) * f.scores.factor_2)
     finite = maximum
     if seen is not None:  # a row that has seen nothing yet
         finite = jnp.where(maximum == -jnp.inf, 0.0, maximum)
     p = f.scores.probability(scores, finite)
-    shrink = jnp.exp2((before - finite) * f.scores.factor_2)
+    shrink = jnp.exp2(before - finite)
     return maximum, total * shrink + p.sum(1), shrink, p
 
 
@@ -294,7 +295,7 @@ def _start(f: Forward, g: Refs, mine: Any) -> tuple[Array, Array]:
     # A softmax whose sum, scaled by its maximum, is one.
     lse = registers(g.before_lse.at[mine], _ROWS)
     one = jnp.where(lse == -jnp.inf, 0.0, jnp.ones_like(lse))
-    return lse * (1.0 / f.scores.factor), one
+    return lse * LOG2_E, one
 
 
 def _start_out(f: Forward, g: Refs, mine: Any) -> Array:
@@ -312,7 +313,7 @@ def _finish(f: Forward, g: Refs, mine: Any, running: Running) -> None:
     """Output and lse; rows that saw nothing get 0 and -inf."""
     saw = running.total > 0.0
     total = jnp.where(saw, running.total, 1.0)
-    lse = running.maximum * f.scores.factor + jnp.log2(total) * LN_2
+    lse = (running.maximum + jnp.log2(total)) * LN_2
     inverse = lax.broadcast_in_dim(1.0 / total, running.out.shape, (0,))
     g.out.at[mine][...] = running.out * inverse
     g.lse.at[mine][...] = jnp.where(saw, lse, -jnp.inf)

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from burst_kernels._active import BlockMask, block_mask, whole
+from burst_kernels._chips import chip_at_hand
 from burst_kernels._config import TileConfig
 from burst_kernels._tile import Onto, Tile
 from burst_kernels.mosaic_gpu._backward_blocks import Cut, Operands
 from burst_kernels.mosaic_gpu._backward_kv import backward_kv
 from burst_kernels.mosaic_gpu._backward_wide import backward_wide
+from burst_kernels.mosaic_gpu._config import Blocks, backward_blocks_of, configure, problem_of
 from burst_kernels.mosaic_gpu._memory import apart, together, varying_as
-from burst_kernels.mosaic_gpu._scores import Scores
+from burst_kernels.mosaic_gpu._scores import LOG2_E, Scores
 
 # Columns of 16-bit numbers in a row of swizzled shared memory.
 _COLUMNS = 64
@@ -40,23 +42,27 @@ def tile_backward(
 
     Raises:
         NotImplementedError: a dtype or a head dim that the kernel does not do, with the reason.
+        ValueError: block sizes of `config` that do not fit.
     """
-    both = together(k, 128, _COLUMNS) if v is None else None
-    k, v = apart(k, v)
-    del config  # block sizes follow from the head dims: what registers and shared memory hold
+    stacked, (k, v) = k, apart(k, v)
     if (reason := refuses_backward(q.shape[-1], v.shape[-1], q.dtype)) is not None:
         raise NotImplementedError(reason)
+    problem, config = problem_of(q, k, v, tile), config or TileConfig()
+    chip = config.chip or chip_at_hand().name
+    blocks = backward_blocks_of(configure(problem, chip, config))
+    both = together(stacked, blocks.block_kv, _COLUMNS) if stacked.ndim > q.ndim else None
     (H, t), (Hv, s) = q.shape[:1:-1], v.shape[:1:-1]
     like, onto = q, onto or (None, None, None)
     q, k, v, do = (whole(x, 3, _COLUMNS) for x in (q, k, v, do))
-    c = _cut(q, k, v, tile)._replace(v_at=0 if both is None else q.shape[0])
+    c = _cut(q, k, v, tile, blocks)._replace(v_at=0 if both is None else q.shape[0])
     mask = block_mask(tile, t, s, c.block_q, c.block_kv, like=like)
     if mask is not None:
         c = c._replace(marks=mask.marks, shared_rows=mask.q.shape[0] == 1)
-    powers = _powers(do, v, lse, delta) if q.dtype == jnp.float16 else None
+    scale = c.scores.scale
+    powers = _powers(do, v, lse, delta, scale) if q.dtype == jnp.float16 else None
     blind = jnp.isneginf(lse)
-    bound = jnp.where(blind, jnp.inf, lse * (1.0 / c.scores.factor))
-    delta = jnp.where(blind, 0.0, delta if powers is None else delta * powers[0])
+    bound = jnp.where(blind, jnp.inf, lse * LOG2_E)
+    delta = jnp.where(blind, 0.0, delta * (scale if powers is None else powers[0]))
     k, v = (whole(x, 2, c.block_kv) for x in (k, v)) if both is None else (both, both)
     operands = Operands(
         q=whole(q, 2, c.block_q),
@@ -87,17 +93,17 @@ def refuses_backward(H: int, Hv: int, dtype: jnp.dtype) -> str | None:
     return None
 
 
-def _cut(q: Array, k: Array, v: Array, tile: Tile) -> Cut:
+def _cut(q: Array, k: Array, v: Array, tile: Tile, blocks: Blocks) -> Cut:
     (batch, heads, t, H), (_, kv_heads, s, Hv) = q.shape, v.shape
-    c = Cut(
+    return Cut(
         batch=batch,
         kv_heads=kv_heads,
         heads_per_kv=heads // kv_heads,
-        t=t,
-        s=s,
-        # Twice as many queries where accumulators are half as large. Registers: 255 a thread.
-        block_q=64 if max(H, Hv) > 64 else 128,
-        stages=2,
+        t=-(-t // blocks.block_q) * blocks.block_q,
+        s=-(-s // blocks.block_kv) * blocks.block_kv,
+        block_q=blocks.block_q,
+        block_kv=blocks.block_kv,
+        stages=blocks.stages,
         H=H,
         Hv=Hv,
         shared_rows=True,
@@ -105,7 +111,6 @@ def _cut(q: Array, k: Array, v: Array, tile: Tile) -> Cut:
         marks=None,
         dtype=q.dtype,
     )
-    return c._replace(t=-(-t // c.block_q) * c.block_q, s=-(-s // c.block_kv) * c.block_kv)
 
 
 def _filled(x: Float[Array, "B K s H"], block: int) -> Float[Array, "B K s_ H_"]:
@@ -124,20 +129,22 @@ def _powers(
     v: Float[Array, "B K s Hv"],
     lse: Float[Array, "B N t"],
     delta: Float[Array, "B N t"],
+    scale: float,
 ) -> Float[Array, "2"]:
-    """A power of two that brings score gradients into float16's range, and its inverse.
+    """A power of two that brings score gradients into float16's range, times scale; its inverse.
 
-    |ds| <= |do v| + |delta| <= max |do| max |v| + max |delta|: rows of Euclidean length. So neither
-    large gradients overflow nor those of a mean over many tokens vanish.
+    |ds| <= |do v| + |delta| <= max |do| max |v| + max |delta|, all times scale, of rows' Euclidean
+    lengths. So neither large gradients overflow nor those of a mean over many tokens vanish.
     """
 
     def longest(x: Array) -> Array:
         return jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum(-1)).max()
 
     bound = longest(do) * longest(v) + jnp.where(jnp.isneginf(lse), 0.0, jnp.abs(delta)).max()
+    bound = scale * bound
     bound = jnp.where((bound > 0.0) & jnp.isfinite(bound), bound, 1.0)
     power = jnp.clip(_FLOAT16_POWER - jnp.ceil(jnp.log2(bound)), -100.0, 100.0)
-    return jnp.exp2(jnp.stack((power, -power)))
+    return jnp.stack((scale * jnp.exp2(power), jnp.exp2(-power)))
 
 
 def _call(c: Cut, x: Operands, like: Array) -> tuple[Array, Array, Array]:

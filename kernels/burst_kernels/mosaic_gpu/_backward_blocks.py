@@ -36,7 +36,7 @@ class Cut(NamedTuple):
     Attributes:
         batch, kv_heads, heads_per_kv: B, K, G.
         t, s: padded to whole blocks.
-        block_q: queries in a block.
+        block_q, block_kv: queries in a block, keys in a block.
         stages: blocks of queries in flight.
         H, Hv: head dims.
         shared_rows: whether all sequences share the rows of the mask.
@@ -52,6 +52,7 @@ class Cut(NamedTuple):
     t: int
     s: int
     block_q: int
+    block_kv: int
     stages: int
     H: int
     Hv: int
@@ -62,14 +63,9 @@ class Cut(NamedTuple):
     v_at: int = 0
 
     @property
-    def block_kv(self) -> int:
-        """Keys in a block."""
-        return ROWS if self.wide else WARPGROUPS * ROWS
-
-    @property
     def wide(self) -> bool:
-        """Whether dk and dv of ROWS keys are more than one warpgroup can hold."""
-        return max(self.H, self.Hv) > 128
+        """Whether one warpgroup makes dk and the other dv: of ROWS keys it may hold but one."""
+        return self.block_kv == ROWS
 
 
 class Operands(NamedTuple):
@@ -77,11 +73,12 @@ class Operands(NamedTuple):
 
     Attributes:
         q, k, v, do: [B, N, t, H], [B, K, s, H], [B, K, s, Hv], [B, N, t, Hv].
-        bound: lse in units of 1 / factor, +inf where a row takes no part, [B, N, t].
-        delta: [B, N, t], times powers[0].
+        bound: lse in base 2, +inf where a row takes no part, [B, N, t].
+        delta: [B, N, t], times scale, or times powers[0].
         blocks, counts: `_active.Active` of the blocks of keys.
         q_marks, kv_marks: [b, U, t], [b, W, s].
-        powers: float16 only, [2]: factor on score gradients that keeps them in range, its inverse.
+        powers: float16 only, [2]: factor on score gradients, scale and what keeps them in range;
+            the inverse of the latter.
         dk, dv: gradients found before, float32.
     """
 
@@ -149,7 +146,7 @@ class Places(NamedTuple):
 class Here(NamedTuple):
     """Where a warpgroup is: warpgroup, block of keys, kv head, sequence, row of the mask."""
 
-    wg: jax.Array
+    wg: Any
     j: jax.Array
     kv_head: jax.Array
     b: jax.Array
@@ -198,7 +195,7 @@ def call(
             j=lax.axis_index("block"),
             kv_head=lax.axis_index("head"),
             b=b,
-            row=jnp.zeros_like(b) if c.shared_rows else b,
+            row=jnp.int32(0) if c.shared_rows else b,
         )
 
         @pl.when(here.wg == WARPGROUPS)
@@ -208,19 +205,22 @@ def call(
             for some in visits(c, here, x):
                 _load_queries(c, here, some, x, s)
 
-        @pl.when(here.wg < WARPGROUPS)
-        def _compute():
-            plgpu.set_max_registers(_REGISTERS_COMPUTE, action="increase")
-            compute(here, x, dq, dk, dv, s, scratch)
+        # Code for each warpgroup: its places are then constants, which take no registers.
+        for w in range(WARPGROUPS):
+
+            @pl.when(here.wg == w)
+            def _compute(w=w):
+                plgpu.set_max_registers(_REGISTERS_COMPUTE, action="increase")
+                compute(here._replace(wg=w), x, dq, dk, dv, s, scratch)
 
     shape = (c.batch, c.kv_heads, c.s)
     return _launch(
         kernel,
         [Places.of(c), scratch],
         [out_type((*shape, c.H)), out_type((*shape, c.Hv))],
-        # Blocks of one head lie side by side in time: what they read is then in the L2 cache.
-        grid=(c.s // c.block_kv, c.kv_heads, c.batch),
-        grid_names=("block", "head", "batch"),
+        # The last is the fastest: CTAs that run together read the same queries from the L2 cache.
+        grid=(c.batch, c.kv_heads, c.s // c.block_kv),
+        grid_names=("batch", "head", "block"),
         num_threads=WARPGROUPS + 1,
         thread_name="wg",
         kernel_name="burst_backward",
@@ -230,7 +230,9 @@ def call(
 def _launch(
     body: Callable[..., None], scratch: list[Any], out_type: list[Any], **mesh: Any
 ) -> Callable[[Operands, Any], tuple[jax.Array, jax.Array]]:
-    params = plgpu.CompilerParams(approx_math=True)
+    # What a warpgroup writes to shared memory only wgmma and TMA read, after a `commit_smem`; it
+    # writes there again after a barrier. More barriers than these are not needed.
+    params = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
     if jax.__version_info__ >= (0, 11):
         run: Any = plgpu.kernel(
             body, out_type=out_type, scratch_types=scratch, compiler_params=params, **mesh
@@ -270,9 +272,11 @@ def accumulator(columns: int) -> Any:
 
 def visits(c: Cut, here: Here, x: Operands) -> Iterator[Visits]:
     """FULL pairs of blocks, then PARTIAL ones."""
-    zero = jnp.zeros_like(here.j)
+    zero = jnp.int32(0)
     if c.marks is None:
-        yield Visits(zero, jnp.int32(c.t // c.block_q), zero, False)
+        # Were the number known, the compiler would keep so many addresses that it spills them.
+        number = lax.optimization_barrier(jnp.int32(c.t // c.block_q))
+        yield Visits(zero, number, zero, False)
         return
     full, active = (scalar(x.counts, here.row, here.j, i) for i in (0, 1))
     yield Visits(zero, full, zero, False)
@@ -282,7 +286,7 @@ def visits(c: Cut, here: Here, x: Operands) -> Iterator[Visits]:
 def each(c: Cut, some: Visits, body: Callable[[jax.Array, jax.Array], None]) -> None:
     """Runs `body(n, slot)` for every visit, n from 0; the slots of all visits go round."""
 
-    @pl.loop(jnp.zeros_like(some.number), some.number * c.heads_per_kv)
+    @pl.loop(jnp.int32(0), some.number * c.heads_per_kv)
     def _(n):
         body(n, lax.rem(some.before + n, jnp.int32(c.stages)))
 
@@ -291,8 +295,10 @@ def target(
     c: Cut, here: Here, some: Visits, x: Operands, n: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Query head and block of queries of a visit."""
-    m = lax.rem(n, some.number)
-    head = here.kv_head * c.heads_per_kv + lax.div(n, some.number)
+    m, head = n, here.kv_head
+    if c.heads_per_kv > 1:
+        m = lax.rem(n, some.number)
+        head = here.kv_head * c.heads_per_kv + lax.div(n, some.number)
     return head, m if x.blocks is None else scalar(x.blocks, here.row, here.j, some.first + m)
 
 
@@ -338,31 +344,35 @@ def probabilities(
     """
     scores = c.scores.capped(raw)
     slope = c.scores.cap_slope(scores)
+    p = c.scores.probability(scores, _of_queries(s.bound.at[slot]), axis=1)
     if masked:
         assert c.marks is not None
         q = tuple(_of_queries(s.q_marks.at[slot, u]) for u in range(c.marks.query_rows))
         kv = tuple(registers(s.kv_marks.at[w, keys], _KEYS) for w in range(c.marks.key_rows))
-        seen = visible(c.marks, q, kv, (scores.shape[0], c.block_q), q_axis=1)
-        scores = jnp.where(seen, scores, -jnp.inf)
-    return c.scores.probability(scores, _of_queries(s.bound.at[slot]), axis=1), slope
+        # Where unseen, a score may lie above the bound and p be infinite: it is not multiplied.
+        p = jnp.where(visible(c.marks, q, kv, (p.shape[0], c.block_q), q_axis=1), p, 0.0)
+    return p, slope
 
 
 def score_gradients(
-    p: jax.Array, slope: jax.Array | None, dp: jax.Array, x: Operands, slot: jax.Array, s: Places
+    c: Cut,
+    p: jax.Array,
+    slope: jax.Array | None,
+    dp: jax.Array,
+    x: Operands,
+    slot: jax.Array,
+    s: Places,
 ) -> jax.Array:
-    """ds^T, times powers[0]."""
-    if x.powers is not None:
-        dp = dp * power(x, 0)
+    """ds^T, times scale; float16's times powers[0], which has the scale in it."""
+    dp = dp * (jnp.float32(c.scores.scale) if x.powers is None else power(x, 0))
     delta = lax.broadcast_in_dim(_of_queries(s.delta.at[slot]), dp.shape, (1,))
     ds = p * (dp - delta)
     return ds if slope is None else ds * slope
 
 
-def unscaled(c: Cut, x: Operands, product: jax.Array) -> jax.Array:
-    """dq or dk from ds k or ds^T q."""
-    if x.powers is not None:
-        product = product * power(x, 1)
-    return product * jnp.float32(c.scores.scale)
+def unscaled(x: Operands, product: jax.Array) -> jax.Array:
+    """dq or dk from ds k or ds^T q, where ds is what `score_gradients` returned."""
+    return product if x.powers is None else product * power(x, 1)
 
 
 def power(x: Operands, i: int) -> jax.Array:

@@ -11,7 +11,7 @@ block of keys; its active query blocks, of all G query heads of the kv head, pas
                   p = exp(scores - lse), ds = p (dp - delta)
                   ds -> shared memory -> [exchanged]    all keys of the block, for dq
                   dv += p^T do, dk += ds^T q            p and ds from registers
-                  dq part = ds k                        each warpgroup one half of it
+                  dq part = ds k                        each warpgroup one half
                   -> [consumed]
                   dq part -> shared memory -> added to dq in global memory by TMA
     store       dk, dv, added to what was found before: registers -> global memory
@@ -82,7 +82,7 @@ def backward_kv(
 
         dk_sum, dv_sum = pl.run_scoped(accumulate, accumulator(c.H), accumulator(c.Hv))
         keys = pl.ds(here.j * c.block_kv + here.wg * ROWS, ROWS)
-        store(here, keys, unscaled(c, x, dk_sum), x.dk, dk)
+        store(here, keys, unscaled(x, dk_sum), x.dk, dk)
         store(here, keys, dv_sum, x.dv, dv)
         plgpu.wait_smem_to_gmem(0)
 
@@ -141,7 +141,7 @@ def _visit_queries(
         plgpu.barrier_arrive(s.consumed.at[slot])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         out = scratch.dq.at[here.wg]
-        out[...] = unscaled(c, x, part)
+        out[...] = unscaled(x, part)
         plgpu.commit_smem()
         head, i = target(c, here, some, x, n)
         start, columns = i * c.block_q, pl.ds(0, c.H)
@@ -170,12 +170,12 @@ def _scores(
     plgpu.wgmma(dp_acc, s.v.at[mine], s.do.at[slot].transpose((1, 0)))
     raw = plgpu.wgmma_accumulator_load(scores_acc, wait_n=1)
     p, slope = probabilities(c, raw, masked, mine, slot, s)
-    ds = score_gradients(p, slope, dp_acc[...], x, slot, s)
+    ds = score_gradients(c, p, slope, dp_acc[...], x, slot, s)
     return p.astype(c.dtype), ds.astype(c.dtype)
 
 
 def _query_gradients(c: Cut, here: Here, ds: Any, s: Places, acc: Any) -> jax.Array:
-    """This warpgroup's part of dq of a pair of blocks, without scale."""
+    """This warpgroup's part of dq of a pair of blocks."""
     if _split_rows(c):
         ds, k = ds.at[here.wg], s.k
     else:

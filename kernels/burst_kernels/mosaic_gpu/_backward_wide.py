@@ -1,8 +1,8 @@
-"""Backward kernel for Hopper, head dims 129 to 256: dk, dv of 64 keys and their part of dq at once.
+"""Backward kernel for Hopper, head dims to 256: dk, dv of 64 keys and their part of dq at once.
 
-There a float32 dk or dv of 64 keys takes 128 registers a thread, so one warpgroup cannot hold both,
-as in `_backward_kv`. Each has a role, and both make the probabilities, for six products in place of
-five, three a warpgroup:
+From head dim 129 on a float32 dk or dv of 64 keys takes over 64 registers a thread, so one
+warpgroup cannot hold both, as in `_backward_kv`. Each has a role, and both make the probabilities,
+for six products in place of five, three a warpgroup:
 
     values      for each (query head, active block of queries)
                   [loaded]
@@ -93,7 +93,7 @@ def backward_wide(
 
         @pl.when(here.wg == 1)
         def _gradients():
-            store(here, keys, unscaled(c, x, summed(_visit_for_gradients, c.H)), x.dk, dk)
+            store(here, keys, unscaled(x, summed(_visit_for_gradients, c.H)), x.dk, dk)
 
     scratch = Scratch(
         ds=tiled(c.dtype, ROWS, ROWS),
@@ -124,7 +124,7 @@ def _visit_for_values(
                 lambda acc, start=start: _query_gradients(start, s, scratch, acc),
                 accumulator(_COLUMNS),
             )
-            part = unscaled(c, x, part)
+            part = unscaled(x, part)
             for half in range(_COLUMNS // _WRITTEN):
                 out, columns = scratch.dq.at[half], pl.ds(start + half * _WRITTEN, _WRITTEN)
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
@@ -140,7 +140,7 @@ def _visit_for_values(
 
 
 def _query_gradients(start: int, s: Places, scratch: Scratch, acc: Any) -> jax.Array:
-    """Columns of dq of a pair of blocks, without scale."""
+    """Columns of dq of a pair of blocks."""
     columns = s.k.at[:, pl.ds(start, _COLUMNS)]
     plgpu.wgmma(acc, scratch.ds.transpose((1, 0)), columns)
     return acc[...]
@@ -157,7 +157,7 @@ def _visit_for_gradients(
             plgpu.wgmma(dp_acc, s.v, s.do.at[slot].transpose((1, 0)))
             raw = plgpu.wgmma_accumulator_load(scores_acc, wait_n=1)
             p, slope = probabilities(c, raw, some.masked, _ALL, slot, s)
-            return score_gradients(p, slope, dp_acc[...], x, slot, s).astype(c.dtype)
+            return score_gradients(c, p, slope, dp_acc[...], x, slot, s).astype(c.dtype)
 
         ds = pl.run_scoped(score_gradient, accumulator(c.block_q), accumulator(c.block_q))
 

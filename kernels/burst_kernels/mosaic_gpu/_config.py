@@ -1,12 +1,17 @@
 """Block sizes for Hopper: what fits, what is taken, what its kernels refuse.
 
-Two things bound a block. Shared memory holds the queries of both attending warpgroups and a ring of
-`stages` blocks of keys and values. A thread's registers hold its part of the scores, of the
-probabilities in 16 bit, and of the output, all of `block_q / 2` rows.
+Two things bound a block. In the forward, shared memory holds the queries of both attending
+warpgroups and a ring of `stages` blocks of keys and values; a thread's registers hold its part of
+the scores, of the probabilities in 16 bit, and of the output, all of `block_q / 2` rows. In the
+backward, shared memory holds a block of keys, a ring of `stages` blocks of queries, ds and dq on
+its way out; registers hold dk and dv, the scores and their gradients.
 """
 
 import dataclasses
+import functools
+import itertools
 import re
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -14,26 +19,24 @@ import jax.numpy as jnp
 from burst_kernels._config import TileConfig
 from burst_kernels._problem import Problem
 from burst_kernels._problem import problem_of as problem_of
+from burst_kernels.mosaic_gpu._winners import WINNERS
 
 # A CTA's shared memory on sm_90 (227 KiB), without what Mosaic takes for reductions and barriers.
 _SMEM_BYTES = 227 * 1024 - 4 * 1024
-# Of an attending thread's 240 registers, those left for scores, probabilities and output.
-# Empirical: ptxas spills nothing at 192 (H = 64, 192 and 256 among others).
+# Of a computing thread's 240 registers, those left for what the head of this file names.
+# Empirical: there ptxas spills nothing in the forward, and a few addresses in the backward.
 _REGISTERS = 192
 ATTENDING = 2  # warpgroups; each takes 64 rows at a time, the height of a wgmma
 _BLOCK_Q = 64 * ATTENDING
 _GREATEST_HEAD_DIM = 256
-
-# Blocks of keys and stages, the first that fits: FlashAttention-3's for sm_90 in multiples of 64,
-# with a stage more where heads are small. Not measured by us: there was no GPU at hand.
-_PREFERRED = ((128, 3), (128, 2), (64, 2))
-_SMALL_HEAD_DIM = 64
+# Head dims that the table of winners knows; others take the blocks of the next greater one.
+HEAD_DIMS = (64, 128, 192, 256)
 
 _ELSEWHERE = "The `xla` tile computes it: implementation='xla', or None."
 
 
 class Blocks(NamedTuple):
-    """A forward kernel's sizes: tokens of a block of queries and of keys, slots of the ring."""
+    """A kernel's sizes: tokens of a block of queries and of keys, slots of the ring."""
 
     block_q: int
     block_kv: int
@@ -74,55 +77,116 @@ def refuses(problem: Problem, chip_name: str) -> str | None:
             f"head dims over {_GREATEST_HEAD_DIM} leave no registers for a row of the output, and "
             f"this has H={problem.H}, Hv={problem.Hv}. {_ELSEWHERE}"
         )
+    if next(BACKWARD.all(problem), None) is None:
+        return (
+            f"{problem.kinds} kinds of segment ids leave no shared memory for a block of its "
+            f"backward. {_ELSEWHERE}"
+        )
     return None
 
 
+class Pass(NamedTuple):
+    """What of block sizes differs between forward and backward.
+
+    Attributes:
+        name: of the table of winners.
+        fields: of `TileConfig`: block of queries, block of keys, stages.
+        blocks: what (block of queries, block of keys) may be.
+        stages: what the stages may be, in the order that they are tried in.
+        smem_bytes: (problem, blocks) -> shared memory of a CTA.
+        registers: (problem, blocks) -> what `_REGISTERS` bounds.
+        has: (problem, blocks) -> whether there is such a kernel.
+    """
+
+    name: str
+    fields: tuple[str, str, str]
+    blocks: tuple[tuple[int, int], ...]
+    stages: tuple[int, ...]
+    smem_bytes: Callable[[Problem, Blocks], int]
+    registers: Callable[[Problem, Blocks], int]
+    has: Callable[[Problem, Blocks], bool] = lambda problem, blocks: True
+
+    def all(self, problem: Problem) -> Iterator[Blocks]:
+        """Sizes that fit: the winners first, then those of more registers first."""
+        won = WINNERS["sm_90", self.name, _known(problem)]
+        first = Blocks(*(won[field] for field in self.fields))
+        rest = [Blocks(*x, n) for x in self.blocks for n in self.stages]
+        rest.sort(key=functools.partial(self.registers, problem), reverse=True)
+        return (x for x in (first, *rest) if self.fits(problem, x))
+
+    def fits(self, problem: Problem, blocks: Blocks) -> bool:
+        """Whether there is such a kernel, with shared memory and registers enough."""
+        memory, per_thread = self.smem_bytes(problem, blocks), self.registers(problem, blocks)
+        enough = memory <= _SMEM_BYTES and per_thread <= _REGISTERS
+        return enough and self.has(problem, blocks)
+
+
 def configure(problem: Problem, chip_name: str, config: TileConfig) -> TileConfig:
-    """`config` with block sizes and stages of the forward filled in.
+    """`config` with block sizes and stages of both passes filled in.
 
     Raises:
         ValueError: what is given does not fit, with sizes that would.
     """
-    block_q = config.block_q or _BLOCK_Q
-    block_kv, stages = _preferred(problem)
-    block_kv, stages = config.block_kv or block_kv, config.stages or stages
-    if block_q % _BLOCK_Q:
-        raise ValueError(
-            f"TileConfig.block_q={block_q}: on {chip_name} it must be a multiple of {_BLOCK_Q}, "
-            f"64 rows for each of {ATTENDING} warpgroups."
+    chosen = {
+        field: size
+        for one in (FORWARD, BACKWARD)
+        for field, size in zip(one.fields, _chosen(one, problem, chip_name, config), strict=True)
+    }
+    return dataclasses.replace(config, **chosen)
+
+
+def _chosen(one: Pass, problem: Problem, chip_name: str, config: TileConfig) -> Blocks:
+    given = [getattr(config, field) for field in one.fields]
+    sizes = (*map(sorted, map(set, zip(*one.blocks, strict=True))), sorted(one.stages))
+    for field, size, known in zip(one.fields, given, sizes, strict=True):
+        if size not in (None, *known):
+            raise ValueError(
+                f"TileConfig.{field}={size}: on {chip_name} it must be one of "
+                f"{', '.join(map(str, known))}."
+            )
+
+    def asked(blocks: Blocks) -> bool:
+        return all(want in (None, size) for want, size in zip(given, blocks, strict=True))
+
+    fitting = list(dict.fromkeys(one.all(problem)))
+    if (found := next(filter(asked, fitting), None)) is not None:
+        return found
+    what = ", ".join(f"{f}={x}" for f, x in zip(one.fields, given, strict=True) if x is not None)
+    why = f"is no size that its kernels have at H={problem.H}, Hv={problem.Hv}"
+    sizes_of = (Blocks(*pair, n) for pair in one.blocks for n in one.stages)
+    if tried := [x for x in sizes_of if asked(x) and one.has(problem, x)]:
+        memory = min(one.smem_bytes(problem, x) for x in tried)
+        per_thread = min(one.registers(problem, x) for x in tried)
+        why = (
+            f"needs at least {memory} bytes of shared memory (there are {_SMEM_BYTES}) and "
+            f"{per_thread} registers a thread for scores and sums (there are {_REGISTERS}) at "
+            f"H={problem.H}, Hv={problem.Hv}"
         )
-    if block_kv % 64 or block_kv > 256:
-        raise ValueError(
-            f"TileConfig.block_kv={block_kv}: on {chip_name} it must be 64, 128, 192 or 256."
-        )
-    blocks = Blocks(block_q, block_kv, stages)
-    if not _fits(problem, blocks):
-        raise ValueError(
-            f"TileConfig(block_q={block_q}, block_kv={block_kv}, stages={stages}) needs "
-            f"{smem_bytes(problem, blocks)} bytes of shared memory (there are {_SMEM_BYTES}) and "
-            f"{registers(problem, blocks)} registers a thread for scores and output (there are "
-            f"{_REGISTERS}) at H={problem.H}, Hv={problem.Hv}. These fit: {_that_fit(problem)}."
-        )
-    return dataclasses.replace(config, block_q=block_q, block_kv=block_kv, stages=stages)
+    raise ValueError(
+        f"TileConfig({what}) {why}. These ({', '.join(one.fields)}) fit: "
+        f"{', '.join(str(tuple(x)) for x in sorted(fitting))}."
+    )
 
 
 def blocks_of(config: TileConfig) -> Blocks:
     """The forward's sizes, of a config that `configure` has filled in."""
-    assert config.block_q and config.block_kv and config.stages
-    return Blocks(config.block_q, config.block_kv, config.stages)
+    return _blocks(FORWARD, config)
 
 
-def smem_bytes(problem: Problem, blocks: Blocks) -> int:
-    """Shared memory of a forward CTA: queries, and the ring of keys and values."""
-    H, Hv = _columns(problem.H), _columns(problem.Hv)
-    return 2 * (blocks.block_q * H + blocks.stages * blocks.block_kv * (H + Hv))
+def backward_blocks_of(config: TileConfig) -> Blocks:
+    """The backward's sizes, of a config that `configure` has filled in."""
+    return _blocks(BACKWARD, config)
 
 
-def registers(problem: Problem, blocks: Blocks) -> int:
-    """Registers of an attending thread for scores, probabilities and output."""
-    # A thread has 1 / 128 of each array.
-    elements = blocks.block_q // ATTENDING * (3 * blocks.block_kv // 2 + _columns(problem.Hv))
-    return elements // 128
+def _blocks(one: Pass, config: TileConfig) -> Blocks:
+    blocks = Blocks(*(getattr(config, field) for field in one.fields))
+    assert all(blocks)
+    return blocks
+
+
+def _known(problem: Problem) -> int:
+    widest = max(problem.H, problem.Hv)
+    return next((H for H in HEAD_DIMS if H >= widest), HEAD_DIMS[-1])
 
 
 def _columns(head_dim: int) -> int:
@@ -130,17 +194,63 @@ def _columns(head_dim: int) -> int:
     return -(-head_dim // 64) * 64
 
 
-def _fits(problem: Problem, blocks: Blocks) -> bool:
-    memory, per_thread = smem_bytes(problem, blocks), registers(problem, blocks)
-    return memory <= _SMEM_BYTES and per_thread <= _REGISTERS
+def _forward_smem(problem: Problem, blocks: Blocks) -> int:
+    H, Hv = _columns(problem.H), _columns(problem.Hv)
+    return 2 * (blocks.block_q * H + blocks.stages * blocks.block_kv * (H + Hv))
 
 
-def _preferred(problem: Problem) -> tuple[int, int]:
-    small = max(problem.H, problem.Hv) <= _SMALL_HEAD_DIM
-    tried = _PREFERRED if small else _PREFERRED[1:]
-    return next(x for x in tried if _fits(problem, Blocks(_BLOCK_Q, *x)))
+def _forward_registers(problem: Problem, blocks: Blocks) -> int:
+    # A thread has 1 / 128 of each array.
+    elements = blocks.block_q // ATTENDING * (3 * blocks.block_kv // 2 + _columns(problem.Hv))
+    return elements // 128
 
 
-def _that_fit(problem: Problem) -> str:
-    tried = (Blocks(q, kv, n) for q in (128, 256) for kv in (64, 128, 192, 256) for n in (2, 3, 4))
-    return ", ".join(f"({b.block_q}, {b.block_kv}, {b.stages})" for b in tried if _fits(problem, b))
+def _backward_smem(problem: Problem, blocks: Blocks) -> int:
+    H, Hv = _columns(problem.H), _columns(problem.Hv)
+    (q, kv, stages), both = blocks, H + Hv
+    exchanged = 2 * 64 * 64 + 2 * 64 * 32 * 4  # ds, and two halves of 64 columns of dq
+    if kv > 64:
+        columns = H if q > 64 else H // 2
+        exchanged = 2 * 2 * q * kv + 2 * 64 * columns * 4
+    rows = 2 * _placed(4 * stages * q)
+    if problem.masked:
+        queries, keys = 2 + problem.kinds, 1 + problem.kinds
+        rows += _placed(4 * stages * q * queries) + _placed(4 * kv * keys)
+    return 2 * (kv + stages * q) * both + exchanged + rows
+
+
+def _placed(size: int) -> int:
+    return -(-size // 1024) * 1024  # what each array begins at a multiple of
+
+
+def _backward_has(problem: Problem, blocks: Blocks) -> bool:
+    # 64 queries of dq are shared by columns, and shared memory is swizzled by 64 of them.
+    return blocks[:2] != (64, 128) or problem.H > 64
+
+
+def _backward_registers(problem: Problem, blocks: Blocks) -> int:
+    # dk and dv, scores and their gradients, each of 64 rows: half a register a column.
+    H, Hv = _columns(problem.H), _columns(problem.Hv)
+    sums = H + Hv if blocks.block_kv > 64 else max(H, Hv)
+    return (sums + 2 * blocks.block_q) // 2
+
+
+FORWARD = Pass(
+    "forward",
+    ("block_q", "block_kv", "stages"),
+    # Values of one block are multiplied while those of the next are waited for: two stages.
+    tuple(itertools.product((128, 256), (64, 128, 192, 256))),
+    (2, 3, 4, 5, 6),
+    _forward_smem,
+    _forward_registers,
+)
+# Of 64 keys a warpgroup makes dk and dv; or, with 64 in all, one makes dk and the other dv.
+BACKWARD = Pass(
+    "backward",
+    ("block_q_backward", "block_kv_backward", "stages_backward"),
+    ((64, 64), (64, 128), (128, 128)),
+    (2, 1, 3, 4, 5, 6),
+    _backward_smem,
+    _backward_registers,
+    _backward_has,
+)

@@ -1,9 +1,9 @@
 """Scores of one pair of blocks, with scale and soft cap: shared by the forward and the backward.
 
 Exponentials are taken in base 2, which is what the hardware has; lse is a natural logarithm at the
-boundary. As in the `xla` tile the scale waits until a maximum (or lse) has been taken off: fused
-into one multiply-add it would save an instruction, but where scores are large the greatest of a row
-would no longer differ from the maximum by zero.
+boundary. A maximum (or lse) is kept in base 2 too, rounded once, so that scale and difference are
+one multiply-add: the rounding of a row's maximum is a factor on all of the row's exponentials, and
+`out` and lse, made with the same maximum, do not have it.
 """
 
 import math
@@ -36,23 +36,19 @@ class Scores(NamedTuple):
         return cls(float(tile.scale), tile.logits_soft_cap)
 
     @property
-    def factor(self) -> float:
-        """What `capped` scores are still to be multiplied by."""
-        return self.scale if self.soft_cap is None else 1.0
-
-    @property
     def factor_2(self) -> float:
-        """`factor` for exponentials in base 2."""
-        return self.factor * LOG2_E
+        """What `capped` scores are still to be multiplied by, for exponentials in base 2."""
+        return LOG2_E * (self.scale if self.soft_cap is None else 1.0)
 
     def capped(self, raw: Float[Array, "m n"]) -> Float[Array, "m n"]:
-        """Scores from q k^T, in units of 1 / `factor`."""
+        """Scores from q k^T, to be multiplied by `factor_2`."""
         if self.soft_cap is None:
             return raw
         # tanh(x) = 1 - 2 / (exp(2 x) + 1): the hardware's own tanh has but 11 bits. exp2 may reach
-        # inf, and then the fraction is 0; where it is 0, the fraction is 2.
-        power = jnp.exp2(raw * (2.0 * LOG2_E * self.scale / self.soft_cap))
-        return self.soft_cap - (2.0 * self.soft_cap) / (power + 1.0)
+        # inf, and then the fraction is 0; where it is 0, the fraction is 2. The square of a
+        # reciprocal root takes two instructions, a quotient of any two numbers six.
+        root = jax.lax.rsqrt(jnp.exp2(raw * (2.0 * LOG2_E * self.scale / self.soft_cap)) + 1.0)
+        return self.soft_cap - (2.0 * self.soft_cap) * (root * root)
 
     def cap_slope(self, capped: Float[Array, "m n"]) -> Float[Array, "m n"] | None:
         """d capped / d scores, from the capped scores; None where there is no cap."""
@@ -64,7 +60,7 @@ class Scores(NamedTuple):
     def probability(
         self, capped: Float[Array, "m n"], bound: Float[Array, " _rows"], axis: int = 0
     ) -> Float[Array, "m n"]:
-        """exp(factor (scores - bound)); bound is a row's maximum or lse, in units of 1 / `factor`.
+        """2 to the power of factor_2 scores - bound; bound is a row's maximum or lse in base 2.
 
         Args:
             capped: what `capped` returned, -inf where masked.
@@ -72,4 +68,4 @@ class Scores(NamedTuple):
             axis: the axis of `capped` that counts queries; 1 for transposed scores.
         """
         bound = jax.lax.broadcast_in_dim(bound, capped.shape, (axis,))
-        return jnp.exp2((capped - bound) * self.factor_2)
+        return jnp.exp2(capped * self.factor_2 - bound)
