@@ -3,7 +3,8 @@
 Exponentials are taken in base 2, which is what the hardware has; lse is a natural logarithm at the
 boundary. A maximum (or lse) is kept in base 2 too, rounded once, so that scale and difference are
 one multiply-add: the rounding of a row's maximum is a factor on all of the row's exponentials, and
-`out` and lse, made with the same maximum, do not have it.
+`out` and lse, made with the same maximum, do not have it. Only where scores are beyond about 2**29
+is that factor beyond float32, and such rows become NaN.
 """
 
 import math
