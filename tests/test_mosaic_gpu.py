@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import re
 from typing import Any
 
@@ -32,6 +33,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import burst_jax.aot
 from burst_kernels import CHIPS, FULL, PARTIAL, Tile, TileConfig, _active, mosaic_gpu
+from burst_kernels._assembler import assembler
 from burst_kernels._problem import Problem
 from burst_kernels._tile import visible
 from burst_kernels.mosaic_gpu import _config
@@ -309,6 +311,33 @@ def test_it_is_for_hopper_alone_and_says_what_else_there_is(chip):
     assert mosaic_gpu.unavailable(chip) == reason
     if chip.startswith("sm_") and reason:
         assert chip in reason and "`xla`" in reason and "sm_90" in reason
+
+
+@pytest.mark.parametrize(
+    ("wheel", "release", "good"),
+    [
+        ("nvidia-cuda-nvcc-cu12", "12.6.85", True),
+        ("nvidia-cuda-nvcc-cu12", "12.8.61", False),
+        ("nvidia-cuda-nvcc-cu12", "12.9.41", False),
+        ("nvidia-cuda-nvcc-cu12", "12.9.86", True),
+        ("nvidia-cuda-nvcc", "13.0.88", True),
+        ("nothing", "1.0", True),
+    ],
+)
+def test_an_assembler_that_miscompiles_masks_is_refused(wheel, release, good, monkeypatch):
+    def version(name: str) -> str:
+        if name == wheel:
+            return release
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assembler.cache_clear()
+    try:
+        reason = mosaic_gpu.unavailable("sm_90")
+    finally:
+        assembler.cache_clear()
+    assert good or "pip install 'nvidia-cuda-nvcc-cu12>=12.9.86'" in str(reason)
+    assert (reason is None) == good
 
 
 @pytest.mark.parametrize(

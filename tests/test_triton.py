@@ -19,6 +19,7 @@ from gpu_cases import Case, made, of_each_row, start, turned, zigzag
 import burst_jax as bj
 import burst_kernels
 from burst_kernels import Problem, TileConfig, _dispatch, triton, xla
+from burst_kernels._assembler import Assembler
 from burst_kernels.triton import _chips
 
 MISSING = any(importlib.util.find_spec(name) is None for name in ("triton", "jax_triton"))
@@ -413,16 +414,10 @@ def test_what_is_given_is_taken_and_the_rest_chosen_to_fit(with_extra):
 
 def test_an_assembler_that_is_older_than_tritons_is_reported_with_the_remedy(monkeypatch):
     monkeypatch.setattr(_chips, "installed", lambda: True)
-    versions = {"nvidia-cuda-nvcc": (13, 0)}
-    monkeypatch.setattr(_chips, "_version", lambda name: versions.get(name, (0, 0)))
+    monkeypatch.setattr(_chips, "assembler", lambda: Assembler("nvidia-cuda-nvcc", (13, 0, 88)))
     releases = {"ptxas": (12, 9), "ptxas-blackwell": (13, 4)}
     monkeypatch.setattr(_chips, "_tritons_assembler", releases.get)
-    _chips._assembler_too_old.cache_clear()
-    try:
-        assert _chips.unavailable("sm_80") is None
-        assert "pip install 'nvidia-cuda-nvcc>=13.4'" in str(_chips.unavailable("sm_100"))
-        versions.clear()  # CUDA that is no wheel
-        _chips._assembler_too_old.cache_clear()
-        assert _chips.unavailable("sm_100") is None
-    finally:
-        _chips._assembler_too_old.cache_clear()
+    assert _chips.unavailable("sm_80") is None
+    assert "pip install 'nvidia-cuda-nvcc>=13.4'" in str(_chips.unavailable("sm_100"))
+    monkeypatch.setattr(_chips, "assembler", lambda: None)  # CUDA that is no wheel
+    assert _chips.unavailable("sm_100") is None

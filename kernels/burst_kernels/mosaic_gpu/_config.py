@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from burst_kernels._assembler import assembler
 from burst_kernels._config import TileConfig
 from burst_kernels._problem import Problem
 from burst_kernels._problem import problem_of as problem_of
@@ -32,6 +33,10 @@ _GREATEST_HEAD_DIM = 256
 # Head dims that the table of winners knows; others take the blocks of the next greater one.
 HEAD_DIMS = (64, 128, 192, 256)
 
+# For the assembler's sake jax's own attention for Hopper takes no causal mask from CUDA 12.8.0 to
+# before 12.9.1, whose wheel is 12.9.86.
+_MISCOMPILES = (12, 8, 0), (12, 9, 86)
+
 _ELSEWHERE = "The `xla` tile computes it: implementation='xla', or None."
 
 
@@ -46,7 +51,13 @@ class Blocks(NamedTuple):
 def unavailable(chip_name: str) -> str | None:
     """Why a chip cannot run the kernels, in a sentence; None where it can."""
     if chip_name == "sm_90":
-        return None
+        has = assembler()
+        if has is None or not _MISCOMPILES[0] <= has.release < _MISCOMPILES[1]:
+            return None
+        return (
+            f"the assembler of CUDA {'.'.join(map(str, has.release))}, which JAX has here, is said "
+            f"to miscompile masks: pip install '{has.wheel}>=12.9.86'. {_ELSEWHERE}"
+        )
     found = re.fullmatch(r"sm_(\d+)", chip_name)
     if found is None:
         return f"its kernels are for NVIDIA Hopper (sm_90), and {chip_name!r} is none."

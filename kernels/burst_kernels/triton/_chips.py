@@ -1,7 +1,6 @@
 """Which GPUs run the Triton kernels, what they have, and what is refused there."""
 
 import functools
-import importlib.metadata
 import importlib.util
 import re
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from burst_kernels._assembler import assembler
 from burst_kernels._problem import Problem
 
 _INSTALL = "pip install 'burst-jax[triton]'"
@@ -19,9 +19,6 @@ _OLDEST = 80
 
 # Shared memory of a block of threads, after NVIDIA's table of compute capabilities.
 _KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
-
-# Where JAX's CUDA comes from wheels, the one with the assembler, by the major release of CUDA.
-_ASSEMBLERS = ("nvidia-cuda-nvcc", "nvidia-cuda-nvcc-cu12")
 
 
 def capability_of(chip_name: str) -> int | None:
@@ -70,29 +67,22 @@ def refuses(problem: Problem, chip_name: str) -> str | None:
     return None
 
 
-@functools.cache
 def _assembler_too_old(capability: int) -> str | None:
     """Triton writes PTX for its own assembler; JAX's, which assembles it, must know it too."""
-    found = {name: _version(name) for name in _ASSEMBLERS}
-    name, has = max(found.items(), key=lambda item: item[1])
+    has = assembler()
+    if has is None:  # CUDA that is no wheel may be of any release
+        return None
     needs = _tritons_assembler("ptxas-blackwell" if capability >= 90 else "ptxas")
-    if has == (0, 0) or has >= needs:  # CUDA that is no wheel may be of any release
+    if has.release[:2] >= needs:
         return None
     return (
         f"Triton writes for the assembler of CUDA {needs[0]}.{needs[1]} here, and JAX's is of "
-        f"{has[0]}.{has[1]}: pip install '{name}>={needs[0]}.{needs[1]}'. {_ELSEWHERE}"
+        f"{has.release[0]}.{has.release[1]}: pip install '{has.wheel}>={needs[0]}.{needs[1]}'. "
+        f"{_ELSEWHERE}"
     )
 
 
-def _version(distribution: str) -> tuple[int, int]:
-    try:
-        found = importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return 0, 0
-    major, minor, *_ = found.split(".")
-    return int(major), int(minor)
-
-
+@functools.cache
 def _tritons_assembler(name: str) -> tuple[int, int]:
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:
