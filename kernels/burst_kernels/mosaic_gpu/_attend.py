@@ -311,7 +311,7 @@ def _constant(value: float, layout: Any, *shape: int) -> Array:
 
 def _finish(f: Forward, g: Refs, mine: Any, running: Running) -> None:
     """Output and lse; rows that saw nothing get 0 and -inf."""
-    saw = running.maximum > -jnp.inf  # not `total > 0`: see `_scores` on scores beyond 2**29
+    saw = running.maximum != -jnp.inf  # not by `total`: see `_scores` on scores beyond 2**29
     total = jnp.where(saw, running.total, 1.0)
     lse = (running.maximum + jnp.log2(total)) * LN_2
     inverse = lax.broadcast_in_dim(1.0 / total, running.out.shape, (0,))

@@ -294,7 +294,7 @@ def _begin(r: Refs, tile: Tile) -> None:
         return
     assert r.onto_lse is not None
     lse = column(r.onto_lse[...])
-    saw = lse > -jnp.inf
+    saw = lse != -jnp.inf
     r.m[...] = jnp.where(saw, lse * (1 / factor(tile)), _FLOOR)
     r.l[...] = jnp.where(saw, jnp.float32(1 / LANES), 0.0)
     r.acc[...] = r.onto_out[...]
@@ -352,7 +352,7 @@ def _accumulate(
 def _end(r: Refs, tile: Tile) -> None:
     """Output and natural-log lse of a block of queries; 0 and -inf where a row saw nothing."""
     total = jnp.broadcast_to(r.l[...].sum(1, keepdims=True), r.l.shape)
-    saw = total > 0
+    saw = total != 0  # NaN is seen, and stays
     total = jnp.where(saw, total, 1.0)
     r.out[...] = r.acc[...] / across(total, r.acc.shape[1])
     lse = jnp.where(saw, r.m[...] * factor(tile) + jnp.log(total), -jnp.inf)

@@ -193,7 +193,7 @@ def forward_kernel(
             ahead = _block(active, tl.minimum(n + 1, last), C)
             m, total, acc = _attend(m, total, acc, q_block, k, v, j, q_marks, kv_marks, C, MASKED)
             j = ahead
-    saw = total > 0.0
+    saw = total != 0.0  # NaN is seen, and stays
     total = tl.where(saw, total, 1.0)
     found = tl.where(saw, m * C.factor + tl.log2(total) * _LN_2, -_INF)
     tl.store(lse + at + rows, found, mask=rows < left)
@@ -221,7 +221,8 @@ def _rows_of(lse, delta, at, left, C: tl.constexpr):
 @no_type_check
 def _probability(scores, bound, C: tl.constexpr):
     """exp(factor (scores - bound)); at most 1, whatever the rounding of an lse."""
-    return tl.exp2(tl.minimum(scores - bound, 0.0) * C.factor_2)
+    below = tl.minimum(scores - bound, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.exp2(below * C.factor_2)
 
 
 @triton.jit

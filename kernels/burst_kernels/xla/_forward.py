@@ -106,7 +106,7 @@ def _update(
 
 def _normalize(running: Running, tile: Tile) -> tuple[Float[Array, "h r Hv"], Float[Array, "h r"]]:
     """Output and lse; rows that saw nothing get 0 and -inf."""
-    saw = running.total > 0
+    saw = running.total != 0  # NaN is seen, and stays
     total = jnp.where(saw, running.total, 1.0)
     lse = jnp.where(saw, running.maximum * factor(tile) + jnp.log(total), -jnp.inf)
     return running.out / total[..., None], lse
