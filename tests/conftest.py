@@ -40,11 +40,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker in ("gpu", "tpu"):
         if item.get_closest_marker(marker) and jax.default_backend() != marker:
             pytest.skip(f"needs a {marker.upper()}; run `pytest -m {marker}` on a machine with one")
-    if item.get_closest_marker("gpu") and "mosaic_gpu" in item.path.name:
-        from burst_kernels import BACKENDS, chip_at_hand
+    for name in ("mosaic_gpu", "triton"):
+        if item.get_closest_marker("gpu") and name in item.path.name:
+            from burst_kernels import BACKENDS, chip_at_hand
 
-        if (reason := BACKENDS["mosaic_gpu"].unavailable(chip_at_hand())) is not None:
-            pytest.skip(reason)
+            if (reason := BACKENDS[name].unavailable(chip_at_hand())) is not None:
+                pytest.skip(reason)
     if item.get_closest_marker("aot") and importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs the TPU compiler; `make test-aot` installs it and runs this")
 

@@ -84,6 +84,34 @@ def test_a_row_compares_with_the_matmul_and_with_the_best_plain_attention(bench)
     assert bench.row(hop._replace(T=16384), [1.0], best, args)["share_of_ideal"] is None
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_what_is_timed_takes_its_operands_and_has_no_constants(bench, direction, monkeypatch):
+    profiler = pytest.importorskip("jax.experimental.mosaic.gpu.profiler")
+    run = bench.Run("attention", "burst", direction, "causal", T=256, N=2, K=1, H=16)
+    call = bench.prepared(run, 8, "float32", "xla")
+    programs = []
+
+    def measure(function):
+        def timed(*operands):
+            programs.append(jax.make_jaxpr(function)(*operands))
+            return None, 1.0
+
+        return timed
+
+    monkeypatch.setattr(profiler, "measure", measure)
+    assert bench.seconds(call, rounds=1) == [1e-3]
+    # q, k, v and both positions; do, lse, delta too.
+    assert len(programs[0].jaxpr.invars) == {"forward": 5, "backward": 8}[direction]
+    (inner,) = programs[0].jaxpr.eqns
+    assert not programs[0].consts and not inner.params["jaxpr"].consts
+
+
+def test_a_table_of_bfloat16_is_not_filled_with_another_dtype(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench.parse("--tune --write --dtype float16".split())
+    assert "table of bfloat16" in capsys.readouterr().err
+
+
 def test_without_a_hopper_gpu_it_says_so(bench, monkeypatch):
     if jax.default_backend() == "gpu":
         pytest.skip("runs on machines without a GPU")

@@ -69,6 +69,21 @@ class Run(NamedTuple):
     H: int = 128
 
 
+class Call(NamedTuple):
+    """What is timed: a jitted function, and its operands.
+
+    Apart, since operands bound to the function would be constants of the program: then the compiler
+    sorts the mask's lists, and no GPU does.
+    """
+
+    function: Any
+    operands: tuple
+
+    def __call__(self) -> Any:
+        """What it computes."""
+        return self.function(*self.operands)
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -93,11 +108,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--implementation", default=None, choices=IMPLEMENTATIONS,
         help="our tile; by default the first that this GPU can run",
     )  # fmt: skip
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--tune", action="store_true", help="time all block sizes that fit instead")
     parser.add_argument("--write", action="store_true", help="with --tune: rewrite _winners.py")
     args = parser.parse_args(arguments)
+    if args.write and args.dtype != "bfloat16":
+        parser.error(f"--write fills a table of bfloat16 sizes, and --dtype is {args.dtype}.")
     for name in ("tokens", "hop_tokens", "head_dims", "groups", "width", "ring", "rounds"):
         value = getattr(args, name)
         if min(value if isinstance(value, list) else [value]) < 1:
@@ -170,15 +187,17 @@ def flop(run: Run, ring: int) -> int:
     return 2 * products * run.H * run.B * run.N * pairs(run, ring)
 
 
-def missing(backend: str) -> str | None:
+def missing(backend: str, dtype: str = "bfloat16") -> str | None:
     """Why a backend cannot be measured here, or None."""
+    if dtype == "float32" and backend in ("cudnn", "tokamax"):
+        return f"{backend} takes bfloat16 and float16"
     if backend == "tokamax" and importlib.util.find_spec("tokamax") is None:
         return "tokamax is not installed"
     return None
 
 
-def implementation(wanted: str | None) -> str:
-    """Our tile to measure.
+def implementation(wanted: str | None, dtype: str = "bfloat16") -> str:
+    """Our tile to measure: the one that is wanted, or the first that takes the dtype here.
 
     Raises:
         SystemExit: this machine cannot run it, with the reason.
@@ -191,16 +210,23 @@ def implementation(wanted: str | None) -> str:
             "machine with an NVIDIA GPU and jax[cuda13]; the Hopper tiles want an H100, H200 or "
             "H20."
         )
-    name = wanted or next(name for name in IMPLEMENTATIONS if reasons[name] is None)
-    if (reason := reasons[name]) is not None:
+
+    def why_not(name: str) -> str | None:
+        kind = burst_kernels.Problem(
+            B=1, t=128, s=128, N=1, K=1, H=64, Hv=64, dtype=jnp.dtype(dtype)
+        )
+        return reasons[name] or burst_kernels.BACKENDS[name].load().refuses(kind, chip.name)
+
+    name = wanted or next(name for name in IMPLEMENTATIONS if why_not(name) is None)
+    if (reason := why_not(name)) is not None:
         raise SystemExit(f"--implementation {name}: {reason}")
     return name
 
 
 def prepared(
     run: Run, ring: int, dtype: str, ours: str, config: burst_kernels.TileConfig | None = None
-) -> Callable[[], Any]:
-    """The call to time, compiled and run once; `ours` and `config` are of our tile."""
+) -> Call:
+    """The call to time; `ours` and `config` are of our tile."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> jax.Array:
@@ -209,7 +235,7 @@ def prepared(
 
     if run.what == "matmul":
         a, b = normal(run.T, run.T), normal(run.T, run.T)
-        return functools.partial(jax.jit(jnp.matmul), a, b)
+        return Call(jax.jit(jnp.matmul), (a, b))
     q, do = (normal(run.B, run.N, run.T, run.H) for _ in range(2))
     k, v = (normal(run.B, run.K, run.T, run.H) for _ in range(2))
     if run.backend == "burst":
@@ -228,7 +254,7 @@ def _tile(ours: str, config: burst_kernels.TileConfig | None) -> Tiles:
 
 def _burst(
     run: Run, ring: int, ours: Tiles, q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array
-) -> Callable[[], Any]:
+) -> Call:
     both = positions(run, ring)
     at = [None, None] if both is None else [jnp.asarray(x)[None] for x in both]
     tile = burst_kernels.Tile(
@@ -236,13 +262,13 @@ def _burst(
     )
     forward, backward = ours
     if run.direction == "forward":
-        return functools.partial(forward, q, k, v, tile)
+        return Call(forward, (q, k, v, tile))
     out, lse = forward(q, k, v, tile)
     delta = (out * do.astype(out.dtype)).sum(-1)
-    return functools.partial(backward, q, k, v, do, lse, delta, tile)
+    return Call(backward, (q, k, v, do, lse, delta, tile))
 
 
-def _peer(run: Run, q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> Callable[[], Any]:
+def _peer(run: Run, q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> Call:
     causal = run.mask == "causal"
     if run.backend == "tokamax":
         import tokamax  # pyright: ignore[reportMissingImports]
@@ -255,13 +281,13 @@ def _peer(run: Run, q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> 
             jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn"
         )
     if run.direction == "forward":
-        return functools.partial(jax.jit(attend), q, k, v)
+        return Call(jax.jit(attend), (q, k, v))
     # The pullback alone: what the forward has saved are its operands.
     _, pullback = jax.jit(lambda *x: jax.vjp(attend, *x))(q, k, v)
-    return functools.partial(jax.jit(lambda pullback, do: pullback(do)), pullback, do)
+    return Call(jax.jit(lambda pullback, do: pullback(do)), (pullback, do))
 
 
-def seconds(call: Callable[[], Any], rounds: int) -> list[float]:
+def seconds(call: Call, rounds: int) -> list[float]:
     """GPU time of each round."""
     # CUPTI loads with the import, where there is no GPU it need not be there.
     from jax.experimental.mosaic.gpu import profiler
@@ -269,7 +295,7 @@ def seconds(call: Callable[[], Any], rounds: int) -> list[float]:
     jax.block_until_ready(call())
     times = []
     for _ in range(rounds):
-        _, milliseconds = profiler.measure(call)()
+        _, milliseconds = profiler.measure(call.function)(*call.operands)
         assert milliseconds is not None, "a call that runs no kernel on the GPU"
         times.append(milliseconds / 1e3)
     return times
@@ -324,7 +350,7 @@ def tune(args: argparse.Namespace, say: Callable[[str], None], where: str) -> No
 
 def main() -> None:
     args = parse()
-    ours = implementation(args.implementation)
+    ours = implementation(args.implementation, args.dtype)
     if args.tune and ours != "mosaic_gpu":
         raise SystemExit(f"--tune is for the mosaic_gpu tiles, and {ours} would be measured here.")
     device = jax.devices()[0].device_kind
@@ -347,8 +373,9 @@ def main() -> None:
     if args.tune:
         return tune(args, say, f"{device}, jax {common['jax']}, {common['date']}")
     best: dict[Any, float] = {}
+    failed = 0  # of our own runs
     for run in runs(args):
-        if (reason := missing(run.backend)) is not None:
+        if (reason := missing(run.backend, args.dtype)) is not None:
             line = run._asdict() | {"skipped": reason}
         else:
             try:
@@ -356,7 +383,10 @@ def main() -> None:
                 line = row(run, seconds(call, args.rounds), best, args)
             except Exception as error:  # a peer that cannot do it must not end the others' runs
                 line = run._asdict() | {"failed": f"{type(error).__name__}: {error}"[:500]}
+                failed += run.backend == "burst"
         say(json.dumps(line))
+    if failed:
+        raise SystemExit(f"{failed} runs of our tiles failed; their lines say why.")
 
 
 if __name__ == "__main__":
