@@ -31,6 +31,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import burst_jax.aot
 from burst_kernels import Tile, TileConfig, mosaic_gpu, xla
 
+HOPPER = TileConfig(chip="sm_90")
+
 SCALE = Case.scale
 
 CASES = (
@@ -77,7 +79,7 @@ def run(
     arrays: tuple[np.ndarray, ...],
     tile: Tile,
     onto: Any = None,
-    config: TileConfig | None = None,
+    config: TileConfig = HOPPER,
 ) -> list[np.ndarray]:
     """dq, dk, dv of the Hopper tile."""
 
@@ -173,8 +175,8 @@ def test_keys_and_values_may_come_in_one_array(where, s):
 
     def call() -> list[np.ndarray]:
         kv = jnp.stack((turned(k), turned(v)))
-        backward = jax.jit(mosaic_gpu.tile_backward)
-        found = backward(turned(q), kv, None, *turned(tuple(rest)), tile)
+        backward = jax.jit(mosaic_gpu.tile_backward, static_argnames="config")
+        found = backward(turned(q), kv, None, *turned(tuple(rest)), tile, config=HOPPER)
         return [np.asarray(x) for x in turned(found)]
 
     with gpu_emulation.emulated(detect_races=False) if where != "gpu" else nullcontext():
@@ -210,7 +212,8 @@ def test_warpgroups_do_not_race(H):
     tile, seen = made(case)
     arrays = operands(case, seen)
     with gpu_emulation.emulated(detect_races=True):
-        found = turned(jax.jit(mosaic_gpu.tile_backward)(*turned(arrays), tile))
+        backward = jax.jit(mosaic_gpu.tile_backward, static_argnames="config")
+        found = turned(backward(*turned(arrays), tile, config=HOPPER))
     for a, b in zip(found, truth(case, arrays, seen), strict=True):
         assert oracle.error(a, b) < 2e-2
 
@@ -224,7 +227,7 @@ def test_the_tile_can_be_vmapped():
     with gpu_emulation.emulated(detect_races=False):
         stacked = [jnp.stack((x, -x if i == 3 else x)) for i, x in enumerate(turned(arrays))]
         stacked[5] = jnp.stack((stacked[5][0], -stacked[5][0]))
-        found = jax.jit(jax.vmap(lambda *a: mosaic_gpu.tile_backward(*a, tile)))(*stacked)
+        found = jax.jit(jax.vmap(lambda *a: mosaic_gpu.tile_backward(*a, tile, HOPPER)))(*stacked)
     for a, b in zip(found, truth(case, arrays, seen), strict=True):
         assert oracle.error(turned(a[0]), b) < 2e-2
         assert oracle.error(turned(a[1]), -b) < 2e-2  # gradients are linear in do and delta
@@ -250,7 +253,7 @@ def compiled(case: Case, onto: bool) -> str:
 
     def local(arrays: tuple, given: tuple | None) -> tuple:
         def layer(carry: None, _: None) -> tuple:
-            return carry, mosaic_gpu.tile_backward(*arrays, tile, None, given)
+            return carry, mosaic_gpu.tile_backward(*arrays, tile, HOPPER, given)
 
         # As where a scan over layers stacks what each has made.
         return jax.lax.scan(layer, None, None, length=2)[1]
@@ -295,8 +298,8 @@ def test_results_vary_over_mesh_axes_as_their_operands_do():
     types = []
 
     def local(x: jax.Array, row: jax.Array) -> jax.Array:
-        forward = mosaic_gpu.tile_forward(x, x, x, tile, TileConfig(chip="sm_90"))
-        backward = mosaic_gpu.tile_backward(x, x, x, x, row, row, tile)
+        forward = mosaic_gpu.tile_forward(x, x, x, tile, HOPPER)
+        backward = mosaic_gpu.tile_backward(x, x, x, x, row, row, tile, HOPPER)
         types.extend(jax.typeof(y).manual_axis_type.varying for y in (*forward, *backward))
         return x
 
@@ -309,10 +312,11 @@ def test_results_vary_over_mesh_axes_as_their_operands_do():
 def test_what_it_cannot_do_is_refused_with_the_reason():
     tile = Tile(scale=1.0)
 
-    def refused(H: int, dtype: Any, match: str) -> None:
+    def refused(H: int, dtype: Any, match: str, chip: str = "sm_90") -> None:
         q, row = jnp.zeros((1, 1, 64, H), dtype), jnp.zeros((1, 1, 64), jnp.float32)
         with pytest.raises(NotImplementedError, match=match):
-            mosaic_gpu.tile_backward(q, q, q, q, row, row, tile)
+            mosaic_gpu.tile_backward(q, q, q, q, row, row, tile, TileConfig(chip=chip))
 
-    refused(64, jnp.float32, "bfloat16 and float16 operands here, not float32")
-    refused(320, jnp.bfloat16, "head dims 320 and 320")
+    refused(64, jnp.float32, "takes bfloat16 and float16")
+    refused(320, jnp.bfloat16, "H=320, Hv=320")
+    refused(64, jnp.bfloat16, "sm_80 has not", chip="sm_80")

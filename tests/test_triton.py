@@ -412,12 +412,55 @@ def test_what_is_given_is_taken_and_the_rest_chosen_to_fit(with_extra):
     assert config.block_kv and config.block_q_backward and config.block_kv_backward
 
 
-def test_an_assembler_that_is_older_than_tritons_is_reported_with_the_remedy(monkeypatch):
+@pytest.mark.parametrize(
+    ("wheel", "release", "chip", "remedy"),
+    [
+        ("nvidia-cuda-nvcc", (13, 0, 88), "sm_80", None),
+        ("nvidia-cuda-nvcc", (13, 0, 88), "sm_100", "'nvidia-cuda-nvcc>=13.4'"),
+        ("nvidia-cuda-nvcc", (13, 4, 59), "sm_100", None),
+        ("nvidia-cuda-nvcc-cu12", (12, 8, 61), "sm_80", "'nvidia-cuda-nvcc-cu12>=12.9'"),
+        ("nvidia-cuda-nvcc-cu12", (12, 9, 86), "sm_90", "'jax[cuda13]' 'nvidia-cuda-nvcc>=13.4'"),
+        (None, None, "sm_100", None),  # CUDA that is no wheel
+    ],
+)
+def test_an_assembler_that_is_older_than_tritons_is_reported_with_the_remedy(
+    wheel, release, chip, remedy, monkeypatch
+):
     monkeypatch.setattr(_chips, "installed", lambda: True)
-    monkeypatch.setattr(_chips, "assembler", lambda: Assembler("nvidia-cuda-nvcc", (13, 0, 88)))
-    releases = {"ptxas": (12, 9), "ptxas-blackwell": (13, 4)}
-    monkeypatch.setattr(_chips, "_tritons_assembler", releases.get)
-    assert _chips.unavailable("sm_80") is None
-    assert "pip install 'nvidia-cuda-nvcc>=13.4'" in str(_chips.unavailable("sm_100"))
-    monkeypatch.setattr(_chips, "assembler", lambda: None)  # CUDA that is no wheel
-    assert _chips.unavailable("sm_100") is None
+    monkeypatch.setattr(_chips, "assembler", lambda: wheel and Assembler(wheel, release))
+    monkeypatch.setattr(_chips, "_tritons_assembler", lambda sm: (13, 4) if sm >= 90 else (12, 9))
+    reason = _chips.unavailable(chip)
+    assert (reason is None) == (remedy is None)
+    assert remedy is None or f"pip install {remedy}." in reason
+
+
+@NEEDS_TRITON
+@pytest.mark.kernel
+def test_tritons_assembler_is_asked_for():
+    assert _chips._tritons_assembler(80) >= (12, 8)
+
+
+# The sizes that users get: above, blocks are small, for the interpreter's sake.
+@NEEDS_TRITON
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, F32])
+@pytest.mark.parametrize("H", [64, 128, 256])
+@pytest.mark.parametrize("right", [None, 0])
+def test_many_blocks_of_the_sizes_that_are_chosen_on_the_gpu(H, right, dtype):
+    where = start(0) if right == 0 else None
+    many = Case("many blocks", t=2048, s=2048, B=2, N=4, K=2, H=H, Hv=H, right=right, dtype=dtype,
+                q_positions=where, kv_positions=where)  # fmt: skip
+    tile, seen = made(many)
+    x = inputs(many)
+    want = oracle.dense(x, seen, scale=many.scale)
+    arrays = (*x[:4], *rows_of(many, x, seen))
+    wide = [np.asarray(a, np.float64) for a in arrays]
+    truth = oracle.dense_tile_gradients(*wide, seen, scale=many.scale)
+    runs = [
+        (*forward(triton, x, tile, None), *backward(triton, arrays, tile, None)) for _ in range(3)
+    ]
+    plain = (*forward(xla, x, tile, None), *backward(xla, arrays, tile, None))
+    assert_exact(many, runs[0], plain, (*want[:2], *truth))
+    for again in runs[1:]:
+        for a, b in zip(runs[0], again, strict=True):
+            np.testing.assert_array_equal(a, b, err_msg="no program adds to another's results")

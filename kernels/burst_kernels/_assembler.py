@@ -5,10 +5,14 @@ Only where CUDA comes from wheels can it be looked at, and nothing is imported o
 
 import functools
 import importlib.metadata
+import re
 from typing import NamedTuple
 
-# The wheels that hold it, of CUDA 13 and newer, and of CUDA 12.
-_WHEELS = ("nvidia-cuda-nvcc", "nvidia-cuda-nvcc-cu12")
+# Plugins of JAX, and the wheel that each has its assembler from.
+_WHEELS = {
+    "jax-cuda13-plugin": "nvidia-cuda-nvcc",
+    "jax-cuda12-plugin": "nvidia-cuda-nvcc-cu12",
+}
 
 
 class Assembler(NamedTuple):
@@ -25,14 +29,20 @@ class Assembler(NamedTuple):
 
 @functools.cache
 def assembler() -> Assembler | None:
-    """The newest that is installed; None where CUDA does not come from a wheel."""
-    found = [Assembler(wheel, release) for wheel in _WHEELS if (release := _release(wheel))]
+    """That of the plugin which is installed; None where CUDA does not come from a wheel."""
+    plugins = [plugin for plugin in _WHEELS if _release(plugin)]
+    found = [
+        Assembler(wheel, release)
+        for wheel in (_WHEELS[plugin] for plugin in plugins or _WHEELS)
+        if (release := _release(wheel))
+    ]
     return max(found, key=lambda a: a.release, default=None)
 
 
-def _release(wheel: str) -> tuple[int, int, int] | None:
+def _release(distribution: str) -> tuple[int, int, int] | None:
     try:
-        major, minor, patch, *_ = *importlib.metadata.version(wheel).split("."), "0", "0"
+        numbers = re.findall(r"\d+", importlib.metadata.version(distribution))
     except importlib.metadata.PackageNotFoundError:
         return None
-    return int(major), int(minor), int(patch)
+    major, minor, patch, *_ = *map(int, numbers), 0, 0, 0
+    return major, minor, patch

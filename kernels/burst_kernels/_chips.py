@@ -35,15 +35,18 @@ _TPU = {
 # NVIDIA GPUs by the name that JAX gives as device_kind: for a mesh known only by that name, as
 # inside a shard_map. Compute capabilities after NVIDIA's table of CUDA GPUs.
 _GPU = (
+    (r"Ada\b|L4\b|L20|L40|RTX 40", "sm_89"),  # before "RTX 2000 Ada", which is no RTX 20
     (r"V100|TITAN V", "sm_70"),
-    (r"T4\b|RTX 20|GTX 16|Quadro RTX", "sm_75"),
+    (r"T4\b|RTX 20|GTX 16|Quadro RTX|TITAN RTX", "sm_75"),
     (r"A100|A30\b|A800", "sm_80"),
     (r"A10\b|A10G|A16|A2\b|A40|RTX 30|RTX A\d", "sm_86"),
-    (r"L4\b|L20|L40|RTX 40|Ada", "sm_89"),
+    (r"Orin", "sm_87"),
     (r"H100|H200|H800|H20\b|GH200", "sm_90"),
     (r"B100|B200|GB200", "sm_100"),
     (r"B300|GB300", "sm_103"),
+    (r"Thor", "sm_110"),
     (r"RTX 50|RTX PRO", "sm_120"),
+    (r"GB10\b", "sm_121"),
 )
 
 CHIPS = ("cpu", *dict.fromkeys(_TPU.values()), *(name for _, name in _GPU))

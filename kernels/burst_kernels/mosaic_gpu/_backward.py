@@ -15,7 +15,13 @@ from burst_kernels._tile import Onto, Tile
 from burst_kernels.mosaic_gpu._backward_blocks import Cut, Operands
 from burst_kernels.mosaic_gpu._backward_kv import backward_kv
 from burst_kernels.mosaic_gpu._backward_wide import backward_wide
-from burst_kernels.mosaic_gpu._config import Blocks, backward_blocks_of, configure, problem_of
+from burst_kernels.mosaic_gpu._config import (
+    Blocks,
+    backward_blocks_of,
+    configure,
+    problem_of,
+    refuses,
+)
 from burst_kernels.mosaic_gpu._memory import apart, together, varying_as
 from burst_kernels.mosaic_gpu._scores import LOG2_E, Scores
 
@@ -41,14 +47,14 @@ def tile_backward(
     CTAs add to dq in no fixed order, so its last bits may differ from run to run.
 
     Raises:
-        NotImplementedError: a dtype or a head dim that the kernel does not do, with the reason.
+        NotImplementedError: a chip, dtype or head dim that it does not do, with the reason.
         ValueError: block sizes of `config` that do not fit.
     """
     stacked, (k, v) = k, apart(k, v)
-    if (reason := refuses_backward(q.shape[-1], v.shape[-1], q.dtype)) is not None:
-        raise NotImplementedError(reason)
     problem, config = problem_of(q, k, v, tile), config or TileConfig()
     chip = config.chip or chip_at_hand().name
+    if (reason := refuses(problem, chip)) is not None:
+        raise NotImplementedError(f"mosaic_gpu refuses: {reason}")
     blocks = backward_blocks_of(configure(problem, chip, config))
     both = together(stacked, blocks.block_kv, _COLUMNS) if stacked.ndim > q.ndim else None
     (H, t), (Hv, s) = q.shape[:1:-1], v.shape[:1:-1]
@@ -79,18 +85,6 @@ def tile_backward(
     dq, dk, dv = _call(c, operands, like)
     dq = dq[:, :, :t, :H]
     return dq if onto[0] is None else dq + onto[0], dk[:, :, :s, :H], dv[:, :, :s, :Hv]
-
-
-def refuses_backward(H: int, Hv: int, dtype: jnp.dtype) -> str | None:
-    """Why the backward kernel cannot compute such tiles, or None."""
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"Hopper's tensor cores take bfloat16 and float16 operands here, not {dtype}."
-    if max(H, Hv) > 256:
-        return (
-            f"head dims {H} and {Hv}: of 64 keys dk or dv, in float32, takes more registers than a "
-            "warpgroup has beyond head dim 256."
-        )
-    return None
 
 
 def _cut(q: Array, k: Array, v: Array, tile: Tile, blocks: Blocks) -> Cut:

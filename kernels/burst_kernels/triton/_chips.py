@@ -3,8 +3,6 @@
 import functools
 import importlib.util
 import re
-import subprocess
-from pathlib import Path
 
 import jax.numpy as jnp
 
@@ -18,7 +16,9 @@ _GREATEST_HEAD_DIM = 256
 _OLDEST = 80
 
 # Shared memory of a block of threads, after NVIDIA's table of compute capabilities.
-_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+_KIB = {
+    80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99,
+}  # fmt: skip
 
 
 def capability_of(chip_name: str) -> int | None:
@@ -36,7 +36,10 @@ def unavailable(chip_name: str) -> str | None:
     """Why a chip cannot run the kernels, in a sentence; None where it can."""
     capability = capability_of(chip_name)
     if capability is None:
-        return f"it is for NVIDIA GPUs of a known compute capability, and {chip_name} is none."
+        return (
+            f"it is for NVIDIA GPUs, and of {chip_name!r} no compute capability is known here. "
+            f"{_ELSEWHERE}"
+        )
     if capability < _OLDEST:
         return (
             f"Triton multiplies on tensor cores from sm_{_OLDEST} on; on {chip_name} it would "
@@ -72,24 +75,28 @@ def _assembler_too_old(capability: int) -> str | None:
     has = assembler()
     if has is None:  # CUDA that is no wheel may be of any release
         return None
-    needs = _tritons_assembler("ptxas-blackwell" if capability >= 90 else "ptxas")
+    needs = _tritons_assembler(capability)
     if has.release[:2] >= needs:
         return None
+    release = ".".join(map(str, needs))
+    # The wheels of CUDA 12 end with it.
+    newer = (
+        f"'jax[cuda{needs[0]}]' 'nvidia-cuda-nvcc>={release}'"
+        if needs[0] > has.release[0]
+        else f"'{has.wheel}>={release}'"
+    )
     return (
-        f"Triton writes for the assembler of CUDA {needs[0]}.{needs[1]} here, and JAX's is of "
-        f"{has.release[0]}.{has.release[1]}: pip install '{has.wheel}>={needs[0]}.{needs[1]}'. "
-        f"{_ELSEWHERE}"
+        f"Triton writes for the assembler of CUDA {release} here, and JAX's is of "
+        f"{has.release[0]}.{has.release[1]}: pip install {newer}. {_ELSEWHERE}"
     )
 
 
 @functools.cache
-def _tritons_assembler(name: str) -> tuple[int, int]:
-    spec = importlib.util.find_spec("triton")
-    if spec is None or spec.origin is None:
-        return 0, 0
-    path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
-    if not path.exists():
-        return 0, 0
-    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    release = re.search(r"release (\d+)\.(\d+)", done.stdout)
-    return (int(release.group(1)), int(release.group(2))) if release else (0, 0)
+def _tritons_assembler(capability: int) -> tuple[int, int]:
+    """The release of the assembler that Triton takes for a chip, its own or the environment's."""
+    from triton.backends.nvidia.compiler import (  # pyright: ignore[reportMissingImports]
+        get_ptxas,
+    )
+
+    major, minor = get_ptxas(capability).version.split(".")
+    return int(major), int(minor)
