@@ -255,6 +255,22 @@ def test_gradients_are_added_to_those_that_are_given(backend, name):
 CAUSAL = next(case for case in CASES if case.name == "causal")
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_window_beyond_int32_is_none(backend, side):
+    tile, _ = made(CAUSAL)
+    x = inputs(CAUSAL)
+    open_, wide = (
+        dataclasses.replace(tile, **{"left": None, "right": None, side: limit})
+        for limit in (None, 2**40)
+    )
+    for a, b in zip(
+        run(backend, "forward", x.q, x.k, x.v, wide, config=CAUSAL.config),
+        run(backend, "forward", x.q, x.k, x.v, open_, config=CAUSAL.config),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
 # Grouped heads and blocks of the backend's own choice: there XLA once refused bfloat16 on CPU.
 GROUPED = dataclasses.replace(CAUSAL, name="grouped", t=64, s=64, N=4, H=16, Hv=16, config=None)
 

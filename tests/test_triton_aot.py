@@ -176,13 +176,14 @@ def test_every_kernel_compiles_for_an_a100(built, dtype, H, mask):
         if b.call.launch.stages > 1:
             assert "cp.async" in b.ptx, "loops are pipelined"
         # Of FlashAttention-2's size, and no more: spills cost every turn of a loop.
-        if dtype != "float32" and H <= 128 and mask == "causal":
-            assert b.spilled == 0, (b.call.kernel, b.spilled)
+        plain = dtype != "float32" and H <= 128 and mask != MASKS[2]
+        assert b.spilled <= (0 if plain else 2560), (b.call.kernel, b.spilled)
 
 
 @pytest.mark.parametrize(
     ("chip", "dtype", "H"),
-    [("sm_86", "bfloat16", 64), ("sm_86", "bfloat16", 128), ("sm_86", "float32", 256),
+    [("sm_86", "bfloat16", 80), ("sm_89", "bfloat16", 128),
+     ("sm_86", "bfloat16", 64), ("sm_86", "bfloat16", 128), ("sm_86", "float32", 256),
      ("sm_89", "float16", 256), ("sm_89", "float32", 128), ("sm_90", "float32", 128),
      ("sm_90", "bfloat16", 128),
      ("sm_100", "bfloat16", 128), ("sm_100", "float32", 64),
@@ -195,8 +196,8 @@ def test_and_for_other_gpus(built, chip, dtype, H):
     assert_fits(kernels, chip)
     for b in kernels:
         assert re.search(r"mma\.sync|wgmma|tcgen05\.mma", b.ptx), "products run on tensor cores"
-        if dtype != "float32" and H <= 128 and mask == "causal":
-            assert b.spilled == 0, (b.call.kernel, b.spilled)
+        plain = dtype != "float32" and H <= 128 and mask != MASKS[2]
+        assert b.spilled <= (0 if plain else 2560), (b.call.kernel, b.spilled)
 
 
 def program(target: str, side: str, kv_heads: int) -> jax.stages.Compiled:

@@ -3,8 +3,8 @@
 A tile is one rectangle of the attention matrix: t queries against s keys, all on one device. What
 is masked follows from data: int32 positions (negative: padding) and segment ids of every token. Per
 block of tokens only the least and greatest position and id are needed to call a pair of blocks
-EMPTY, FULL or PARTIAL, so masks cost O(t + s) memory, and every layout, window and packing of
-documents is one mechanism.
+EMPTY, FULL or PARTIAL, so masks cost O(t + s) memory and a few bytes a pair of blocks, and every
+layout, window and packing of documents is one mechanism.
 
 Contract of a backend (`tile_forward`, `tile_backward` of each `burst_kernels` backend):
 
@@ -137,11 +137,11 @@ def classify(q: Summary, kv: Summary, tile: Tile) -> Int8[Array, "..."]:
     empty = (q.high < 0) | (kv.high < 0)
     full = q.whole & kv.whole
     if tile.right is not None:
-        empty |= kv.low - q.high > tile.right
-        full &= kv.high - q.low <= tile.right
+        empty |= kv.low - q.high > _distance(tile.right)
+        full &= kv.high - q.low <= _distance(tile.right)
     if tile.left is not None:
-        empty |= q.low - kv.high > tile.left
-        full &= q.high - kv.low <= tile.left
+        empty |= q.low - kv.high > _distance(tile.left)
+        full &= q.high - kv.low <= _distance(tile.left)
     apart = (q.segment_high < kv.segment_low) | (kv.segment_high < q.segment_low)
     one = (q.segment_low == kv.segment_high) & (q.segment_high == kv.segment_low)
     one &= q.segment_low == q.segment_high
@@ -150,14 +150,19 @@ def classify(q: Summary, kv: Summary, tile: Tile) -> Int8[Array, "..."]:
     return jnp.where(empty, EMPTY, jnp.where(full, FULL, PARTIAL)).astype(jnp.int8)
 
 
+def _distance(limit: int) -> int:
+    """A side of a window: beyond int32 it is none, since positions do not differ by more."""
+    return min(limit, 2**31 - 1)
+
+
 def visible(q: Tokens, kv: Tokens, tile: Tile) -> Bool[Array, "*batch q kv"]:
     """Which pairs of single tokens count. Tokens have shapes [..., n] and [C, ..., n]."""
     q_position, kv_position = q.positions[..., :, None], kv.positions[..., None, :]
     seen = (q_position >= 0) & (kv_position >= 0)
     if tile.right is not None:
-        seen &= kv_position - q_position <= tile.right
+        seen &= kv_position - q_position <= _distance(tile.right)
     if tile.left is not None:
-        seen &= q_position - kv_position <= tile.left
+        seen &= q_position - kv_position <= _distance(tile.left)
     return seen & (q.segments[..., :, None] == kv.segments[..., None, :]).all(0)
 
 

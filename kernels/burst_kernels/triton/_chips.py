@@ -7,6 +7,7 @@ import re
 import jax.numpy as jnp
 
 from burst_kernels._assembler import assembler
+from burst_kernels._chips import CHIPS
 from burst_kernels._problem import Problem
 
 _INSTALL = "pip install 'burst-jax[triton]'"
@@ -35,6 +36,8 @@ def shared_bytes(capability: int) -> int:
 def unavailable(chip_name: str) -> str | None:
     """Why a chip cannot run the kernels, in a sentence; None where it can."""
     capability = capability_of(chip_name)
+    if capability is None and chip_name in CHIPS:
+        return f"it is for NVIDIA GPUs, and {chip_name} is none."
     if capability is None:
         return (
             f"it is for NVIDIA GPUs, and of {chip_name!r} no compute capability is known here. "

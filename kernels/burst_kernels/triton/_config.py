@@ -136,10 +136,8 @@ def _chosen(
     fits = [cut for cut in tried if smem_bytes(problem, capability, cut, backward) <= limit]
     if fits:
         return fits[0]
-    wanted, room = (
-        tried[-1],
-        [row for row in rows if smem_bytes(problem, capability, row, backward) <= limit],
-    )
+    wanted = tried[0]
+    room = [row for row in rows if smem_bytes(problem, capability, row, backward) <= limit]
     raise ValueError(
         f"TileConfig({names[0]}={wanted.block_q}, {names[1]}={wanted.block_kv}, "
         f"stages={wanted.stages}) needs {smem_bytes(problem, capability, wanted, backward)} bytes "

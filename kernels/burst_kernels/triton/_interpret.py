@@ -7,7 +7,8 @@ module is loaded a second time. Three things of the interpreter are put right wh
 - it keeps bfloat16 as integers of 16 bits, and multiplies matrices of them as integers;
 - it rounds float32 to bfloat16 towards zero, where GPUs round to nearest.
 
-A product of float32 operands in `tf32x3` is computed as a tensor core does, from parts of 10 bits.
+A product of float32 operands in `tf32x3` is computed from parts of 10 bits, as on a tensor core,
+but what is beyond them is cut off where a GPU rounds: it is a little less exact.
 What Triton needs to do that is not a published interface, so that only this file touches it; the
 release of Triton is bounded by `pyproject.toml`.
 """
